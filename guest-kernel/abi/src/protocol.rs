@@ -1,0 +1,201 @@
+//! What is said between the host and the agent, over vsock.
+//!
+//! The agent listens on [`PORT`] from before the fork point on; the host makes
+//! every connection. The first frame on each is a [`Hello`] that says what the
+//! connection is for:
+//!
+//! - one *control* connection, on which [`Request`]s go in and [`Event`]s come
+//!   out;
+//! - one connection for each stdio stream of a process, raw bytes after the
+//!   hello. The host shuts down its sending half for end-of-file on stdin; the
+//!   agent closes an output stream when the last writer in the guest is gone.
+//!   With a terminal there is one stream both ways, [`Stream::Terminal`].
+//!
+//! The host opens the streams of a process before it asks for its start, and
+//! [`ProcessSpec::streams`] names them, so that the agent knows what to wait for.
+//!
+//! A frame is a length (u32, little-endian, at most [`MAX_FRAME`]) and as many
+//! bytes of postcard. Both sides treat a longer or undecodable frame as the end
+//! of the connection.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+use serde::{Deserialize, Serialize};
+
+/// The vsock port on which the agent listens.
+pub const PORT: u32 = 1;
+
+/// The longest frame, in bytes: room for the longest argument list and
+/// environment that Linux takes (a quarter of an 8 MiB stack), twice.
+pub const MAX_FRAME: usize = 4 << 20;
+
+/// The longest frame from the guest: events are short, and a guest that says
+/// otherwise is hostile.
+pub const MAX_EVENT_FRAME: usize = 64 << 10;
+
+/// Names one process of this child; chosen by the host. The container's own is
+/// [`CONTAINER`].
+pub type ProcessId = u32;
+
+/// The container's first process.
+pub const CONTAINER: ProcessId = 0;
+
+/// What a connection is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Hello {
+    /// Requests and events.
+    Control,
+    /// One stream of one process.
+    Stdio {
+        /// Whose.
+        process: ProcessId,
+        /// Which.
+        stream: Stream,
+    },
+}
+
+/// A stream of a process, from its own point of view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Stream {
+    /// Host to guest.
+    Stdin,
+    /// Guest to host.
+    Stdout,
+    /// Guest to host.
+    Stderr,
+    /// Both ways, the master side of a pseudo-terminal.
+    Terminal,
+}
+
+/// From the host, on the control connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Mount the root file system and start the container's first process,
+    /// [`CONTAINER`]. Once in the life of a child.
+    StartContainer {
+        /// The file systems.
+        container: ContainerSpec,
+        /// The process.
+        process: ProcessSpec,
+    },
+    /// Send a signal to a process. To one that has ended: nothing happens.
+    Signal {
+        /// To whom.
+        process: ProcessId,
+        /// The signal's number.
+        signal: i32,
+    },
+    /// The size of the terminal has changed.
+    Resize {
+        /// Whose terminal.
+        process: ProcessId,
+        /// To what.
+        size: WindowSize,
+    },
+}
+
+/// From the agent, on the control connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// The process has passed its exec.
+    Started {
+        /// Which.
+        process: ProcessId,
+    },
+    /// The process could not be started; nothing of it is left.
+    StartFailed {
+        /// Which.
+        process: ProcessId,
+        /// Of what sort: it decides the exit status that docker would give.
+        reason: StartFailure,
+        /// One line for people.
+        message: String,
+    },
+    /// The process has ended and been reaped. For [`CONTAINER`], every other
+    /// process of the container is gone too.
+    Exited {
+        /// Which.
+        process: ProcessId,
+        /// How.
+        status: ExitStatus,
+    },
+}
+
+/// Why a process could not be started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StartFailure {
+    /// The command is not there (docker's 127).
+    NotFound,
+    /// The command is there and cannot be run (docker's 126).
+    NotExecutable,
+    /// Anything else (docker's 125): a mount failed, no such user, ...
+    Other,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitStatus {
+    /// By exit(2).
+    Code(u8),
+    /// By a signal.
+    Signal(u8),
+}
+
+impl ExitStatus {
+    /// What a shell and docker make of it: the code, or 128 and the signal.
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Code(code) => code,
+            Self::Signal(signal) => signal.saturating_add(128),
+        }
+    }
+}
+
+/// The size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowSize {
+    /// Lines.
+    pub rows: u16,
+    /// Columns.
+    pub cols: u16,
+}
+
+/// The file systems of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerSpec {
+    /// What lies over the read-only image.
+    pub writable: Writable,
+}
+
+/// The writable layer of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Writable {
+    /// The second disk, which holds an ext4.
+    Disk,
+    /// Guest memory, at most so many bytes.
+    Memory {
+        /// The size of the tmpfs, in bytes.
+        limit: u64,
+    },
+    /// Nothing: the root file system is read-only.
+    Nothing,
+}
+
+/// A process to start in the container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessSpec {
+    /// The command and its arguments; never empty. A command without a slash is
+    /// looked for in the `PATH` of `env`.
+    pub args: Vec<String>,
+    /// `NAME=value`, each.
+    pub env: Vec<String>,
+    /// The working directory; made if it is missing, as docker does.
+    pub cwd: String,
+    /// `USER[:GROUP]`, names or numbers, resolved in the image; empty for root.
+    pub user: String,
+    /// The streams that the host has opened. Without [`Stream::Stdin`] the
+    /// process reads from /dev/null.
+    pub streams: Vec<Stream>,
+    /// The first size of the terminal, if [`Stream::Terminal`] is asked for.
+    pub window: Option<WindowSize>,
+}

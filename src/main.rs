@@ -1,0 +1,2 @@
+//! vm-run.
+fn main() {}

@@ -1,0 +1,31 @@
+//! The project's own tools: `cargo xtask NAME`. What CI calls is what is called
+//! at home.
+
+mod host;
+mod kernel;
+mod vmhost;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's own tools")]
+struct Args {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Build the guest kernel (cached by content)
+    Kernel(kernel::Args),
+    /// Run a command where KVM can run Linux: here, or on an emulated host
+    Vmhost(vmhost::Args),
+}
+
+fn main() -> Result<()> {
+    match Args::parse().task {
+        Task::Kernel(args) => kernel::run(&args),
+        Task::Vmhost(args) => vmhost::run(&args),
+    }
+}
