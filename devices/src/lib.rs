@@ -5,6 +5,25 @@
 //! state's `Default`. States are plain data and untrusted until `restore` has
 //! checked them. Whatever a guest writes (registers, rings, descriptors,
 //! packets) may stop that guest's device and nothing else.
+//!
+//! All I/O is done inside a call into the device: whoever holds the locks of all
+//! devices, and has stopped the vCPUs, sees them at rest and can save them.
+
+#![deny(unsafe_code)]
+
+pub mod console;
+pub mod i8042;
+pub mod serial;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
+pub mod virtio;
+
+pub use console::Console;
+pub use serial::{Serial, SerialState};
+
+/// The memory of a guest. No dirty bitmap: the pages that a fork has written are
+/// the kernel's business (they are private pages of the mapping).
+pub type GuestMemory = vm_memory::GuestMemoryMmap;
 
 /// A device behind a window of guest-physical addresses.
 pub trait MmioDevice: Send {

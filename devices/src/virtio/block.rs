@@ -1,0 +1,489 @@
+//! Block device (virtio 1.2 §5.2) whose file is bound late.
+//!
+//! A template is booted with no file bound and with the capacity that the state
+//! gives: its guest finds a disk of that size, empty, on which writes fail. A
+//! child's device is restored from the same state *with* a file, whose bytes
+//! then appear on the disk the guest already knows. The guest must not have
+//! cached any of it: the disk is mounted after the fork.
+//!
+//! What lies past the end of the file, and within the capacity, reads as zeroes
+//! and cannot be written: the file never grows.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use rustix::fs::{
+    FallocateFlags, FlockOperation, OFlags, fallocate, fcntl_getfl, fdatasync, flock,
+};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::chain::{Buffers, Chain, ChainError};
+use super::iov;
+use super::queue::{DeviceIo, QueueError};
+use super::{Progress, VirtioDevice, copy_config};
+
+/// Bytes of a sector: the unit of the protocol whatever the block size (§5.2.3).
+pub const SECTOR_SIZE: u64 = 512;
+/// Longest id, in bytes (§5.2.6).
+pub const ID_LEN: usize = 20;
+
+const TYPE_BLOCK: u32 = 2;
+const QUEUE_SIZES: &[u16] = &[256];
+
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
+
+const S_OK: u8 = 0;
+const S_IOERR: u8 = 1;
+const S_UNSUPP: u8 = 2;
+
+/// A request's descriptors, less its header and its status byte.
+const SEG_MAX: u32 = 254;
+/// The most data of one request, in bytes. Linux asks for 1.25 MiB at most unless
+/// its administrator raises max_sectors_kb.
+const REQUEST_MAX: usize = 64 << 20;
+/// The most data moved before others get their turn, in bytes.
+const BURST_MAX: usize = 16 << 20;
+/// The most sectors of one discard or write-zeroes segment: 1 GiB.
+const DISCARD_SECTORS_MAX: u32 = 1 << 21;
+/// The most segments of one discard or write-zeroes request.
+const DISCARD_SEGMENTS_MAX: u32 = 16;
+/// Holes are made in whole pages by every file system that makes any.
+const DISCARD_ALIGNMENT: u32 = 8;
+
+const SEGMENT_SIZE: usize = 16;
+const SEGMENT_UNMAP: u32 = 1;
+
+/// A disk as the guest sees it. `Default` is an empty one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockState {
+    /// Size of the disk in sectors of 512 bytes, at least that of any file bound.
+    pub capacity_sectors: u64,
+    /// The guest is told so, and refused if it writes all the same.
+    pub read_only: bool,
+    /// What the guest reads as the disk's serial number: up to 20 bytes.
+    pub id: String,
+}
+
+/// Why a disk could not be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// An id of more than 20 bytes.
+    #[error("disk id {0:?} is longer than {ID_LEN} bytes")]
+    IdTooLong(String),
+    /// A capacity whose size in bytes no file offset can hold.
+    #[error("a disk of {0} sectors is too large")]
+    CapacityTooLarge(u64),
+    /// Not a regular file.
+    #[error("the disk's file is not a regular file")]
+    NotAFile,
+    /// A file that was not opened for reading, or not for writing if the disk is
+    /// writable.
+    #[error("the disk's file is not open for the access that the disk needs")]
+    Access,
+    /// A file that would not fit into the disk.
+    #[error("a file of {file} bytes does not fit a disk of {capacity}")]
+    FileTooLarge {
+        /// Size of the file in bytes.
+        file: u64,
+        /// Capacity of the disk in bytes.
+        capacity: u64,
+    },
+    /// Another disk has the file: two guests never share one that either writes.
+    #[error("the disk's file is in use by another virtual machine")]
+    InUse,
+    /// The file cannot be asked or locked.
+    #[error("cannot use the disk's file")]
+    Io(#[source] io::Error),
+}
+
+#[derive(Debug)]
+struct Backing {
+    file: File,
+    /// Size in bytes when it was bound; nothing past it is ever written.
+    len: u64,
+}
+
+/// The block device.
+#[derive(Debug)]
+pub struct Block {
+    state: BlockState,
+    backing: Option<Backing>,
+    /// A disk that fails over and over fills no log.
+    warned: bool,
+}
+
+impl Block {
+    /// A disk in `state`, with its bytes in `file`, if it is bound to one.
+    ///
+    /// The file is locked as long as the disk lives: exclusively if the disk is
+    /// writable, else shared. The lock (`flock(2)`) belongs to the open file
+    /// description: hand each disk one of its own, never a duplicate.
+    pub fn restore(state: &BlockState, file: Option<File>) -> Result<Self, BlockError> {
+        if state.id.len() > ID_LEN {
+            return Err(BlockError::IdTooLong(state.id.clone()));
+        }
+        let capacity = state
+            .capacity_sectors
+            .checked_mul(SECTOR_SIZE)
+            .filter(|&bytes| i64::try_from(bytes).is_ok())
+            .ok_or(BlockError::CapacityTooLarge(state.capacity_sectors))?;
+        let backing = file
+            .map(|file| Backing::bind(file, capacity, state.read_only))
+            .transpose()?;
+        Ok(Self {
+            state: state.clone(),
+            backing,
+            warned: false,
+        })
+    }
+
+    /// The file that holds the disk's bytes, if one is bound.
+    pub fn file(&self) -> Option<&File> {
+        self.backing.as_ref().map(|backing| &backing.file)
+    }
+
+    /// Carries out one request, and gives the number of bytes written to it.
+    fn execute(&mut self, chain: &mut Chain<'_>) -> Result<usize, ChainError> {
+        let mut header = [0; 16];
+        chain.readable.read_exact(&mut header)?;
+        let room = chain.writable.len();
+        // The status is the last writable byte, wherever the data ends.
+        let mut status_byte = match room.checked_sub(1) {
+            Some(at) => chain.writable.split_off(at),
+            None => return Err(ChainError::TooShort),
+        };
+        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
+        let kind = u32::from_le_bytes([k0, k1, k2, k3]);
+        let sector = u64::from_le_bytes(sector);
+        let status = match self.dispatch(kind, sector, chain) {
+            Ok(()) => S_OK,
+            Err(Failure::Unsupported) => S_UNSUPP,
+            Err(Failure::Refused) => S_IOERR,
+            Err(Failure::Io(error)) => {
+                self.report(kind, &error);
+                S_IOERR
+            }
+        };
+        status_byte.write_all(&[status])?;
+        Ok(room - chain.writable.len())
+    }
+
+    fn dispatch(&self, kind: u32, sector: u64, chain: &mut Chain<'_>) -> Result<(), Failure> {
+        match kind {
+            T_IN => self.read(sector, &mut chain.writable),
+            T_OUT => self.write(sector, &mut chain.readable),
+            T_FLUSH => self.flush(),
+            T_GET_ID => self.get_id(&mut chain.writable),
+            T_DISCARD | T_WRITE_ZEROES => self.discard(kind, &mut chain.readable),
+            _ => Err(Failure::Unsupported),
+        }
+    }
+
+    /// The byte offset of a transfer of `len` bytes at `sector`, if it lies on
+    /// the disk and is of whole sectors.
+    fn range(&self, sector: u64, len: u64) -> Result<u64, Failure> {
+        let sectors = len / SECTOR_SIZE;
+        let end = sector.checked_add(sectors).ok_or(Failure::Refused)?;
+        if len % SECTOR_SIZE != 0 || end > self.state.capacity_sectors {
+            return Err(Failure::Refused);
+        }
+        Ok(sector * SECTOR_SIZE)
+    }
+
+    fn transfer(&self, sector: u64, buffers: &Buffers<'_>) -> Result<u64, Failure> {
+        if buffers.len() > REQUEST_MAX {
+            return Err(Failure::Refused);
+        }
+        self.range(sector, buffers.len() as u64)
+    }
+
+    fn read(&self, sector: u64, buffers: &mut Buffers<'_>) -> Result<(), Failure> {
+        let mut offset = self.transfer(sector, buffers)?;
+        if let Some(backing) = &self.backing {
+            while !buffers.is_empty() {
+                let count = iov::preadv(backing.file.as_fd(), buffers.slices(), offset)?;
+                if count == 0 {
+                    break;
+                }
+                buffers.advance(count);
+                offset += count as u64;
+            }
+        }
+        buffers.fill_zero();
+        Ok(())
+    }
+
+    fn write(&self, sector: u64, buffers: &mut Buffers<'_>) -> Result<(), Failure> {
+        let mut offset = self.transfer(sector, buffers)?;
+        let backing = self.writable()?;
+        if offset + buffers.len() as u64 > backing.len {
+            return Err(Failure::Refused);
+        }
+        while !buffers.is_empty() {
+            let count = iov::pwritev(backing.file.as_fd(), buffers.slices(), offset)?;
+            if count == 0 {
+                return Err(Failure::Io(io::ErrorKind::WriteZero.into()));
+            }
+            buffers.advance(count);
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), Failure> {
+        match &self.backing {
+            Some(backing) if !self.state.read_only => {
+                fdatasync(&backing.file).map_err(|e| Failure::Io(e.into()))
+            }
+            // Nothing was ever written.
+            _ => Ok(()),
+        }
+    }
+
+    fn get_id(&self, buffers: &mut Buffers<'_>) -> Result<(), Failure> {
+        let mut id = [0; ID_LEN];
+        id[..self.state.id.len()].copy_from_slice(self.state.id.as_bytes());
+        buffers.write_all(&id).map_err(|_| Failure::Refused)
+    }
+
+    /// Discard and write-zeroes: the segments are checked first, then applied.
+    fn discard(&self, kind: u32, buffers: &mut Buffers<'_>) -> Result<(), Failure> {
+        let backing = self.writable()?;
+        let count = buffers.len() / SEGMENT_SIZE;
+        if count == 0 || count > DISCARD_SEGMENTS_MAX as usize || buffers.len() % SEGMENT_SIZE != 0
+        {
+            return Err(Failure::Refused);
+        }
+        let mut segments = Vec::with_capacity(count);
+        for _ in 0..count {
+            let mut raw = [0; SEGMENT_SIZE];
+            buffers.read_exact(&mut raw).map_err(|_| Failure::Refused)?;
+            segments.push(self.segment(kind, raw)?);
+        }
+        for segment in segments {
+            backing.clear(kind, &segment)?;
+        }
+        Ok(())
+    }
+
+    fn segment(&self, kind: u32, raw: [u8; SEGMENT_SIZE]) -> Result<Segment, Failure> {
+        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = raw;
+        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+        let flags = u32::from_le_bytes(flags);
+        // §5.2.6.2: unknown bits, or "unmap" in a discard, are unsupported.
+        let allowed = if kind == T_WRITE_ZEROES {
+            SEGMENT_UNMAP
+        } else {
+            0
+        };
+        if flags & !allowed != 0 {
+            return Err(Failure::Unsupported);
+        }
+        if sectors > DISCARD_SECTORS_MAX {
+            return Err(Failure::Refused);
+        }
+        let len = u64::from(sectors) * SECTOR_SIZE;
+        Ok(Segment {
+            offset: self.range(sector, len)?,
+            len,
+            unmap: kind == T_DISCARD || flags & SEGMENT_UNMAP != 0,
+        })
+    }
+
+    /// The file, if the guest may write it.
+    fn writable(&self) -> Result<&Backing, Failure> {
+        match &self.backing {
+            Some(backing) if !self.state.read_only => Ok(backing),
+            _ => Err(Failure::Refused),
+        }
+    }
+
+    /// The host's disk failed the guest's: worth one line.
+    fn report(&mut self, kind: u32, error: &io::Error) {
+        if std::mem::replace(&mut self.warned, true) {
+            log::debug!("disk {:?}: request {kind}: {error}", self.state.id);
+        } else {
+            log::warn!(
+                "disk {:?}: request {kind} failed on the host: {error}",
+                self.state.id
+            );
+        }
+    }
+}
+
+/// Why a request was not carried out.
+enum Failure {
+    /// The guest asked for what cannot be done to this disk.
+    Refused,
+    /// The guest asked for what this device does not know.
+    Unsupported,
+    /// The host could not do it.
+    Io(io::Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+struct Segment {
+    /// Bytes.
+    offset: u64,
+    /// Bytes.
+    len: u64,
+    /// Give the space back.
+    unmap: bool,
+}
+
+impl Backing {
+    fn bind(file: File, capacity: u64, read_only: bool) -> Result<Self, BlockError> {
+        let metadata = file.metadata().map_err(BlockError::Io)?;
+        if !metadata.is_file() {
+            return Err(BlockError::NotAFile);
+        }
+        let len = metadata.len();
+        if len > capacity {
+            return Err(BlockError::FileTooLarge {
+                file: len,
+                capacity,
+            });
+        }
+        let flags = fcntl_getfl(&file).map_err(|e| BlockError::Io(e.into()))?;
+        match flags & OFlags::ACCMODE {
+            // O_RDONLY is the absence of the other two.
+            mode if mode == OFlags::RDWR => {}
+            mode if mode == OFlags::RDONLY && read_only => {}
+            _ => return Err(BlockError::Access),
+        }
+        let lock = if read_only {
+            FlockOperation::NonBlockingLockShared
+        } else {
+            FlockOperation::NonBlockingLockExclusive
+        };
+        flock(&file, lock).map_err(|error| match error {
+            Errno::WOULDBLOCK => BlockError::InUse,
+            other => BlockError::Io(other.into()),
+        })?;
+        Ok(Self { file, len })
+    }
+
+    /// Makes `segment` read as zeroes, as far as the file goes; past its end it
+    /// does already.
+    fn clear(&self, kind: u32, segment: &Segment) -> Result<(), Failure> {
+        let len = segment.len.min(self.len.saturating_sub(segment.offset));
+        if len == 0 {
+            return Ok(());
+        }
+        let keep = FallocateFlags::KEEP_SIZE;
+        let attempt = |flags| fallocate(&self.file, keep | flags, segment.offset, len);
+        let mut result = Err(Errno::OPNOTSUPP);
+        if !segment.unmap {
+            result = attempt(FallocateFlags::ZERO_RANGE);
+        }
+        if result == Err(Errno::OPNOTSUPP) {
+            result = attempt(FallocateFlags::PUNCH_HOLE);
+        }
+        match result {
+            Ok(()) => Ok(()),
+            // A discard is advice (§5.2.6.2); zeroes the driver can write itself.
+            Err(Errno::OPNOTSUPP) if kind == T_DISCARD => Ok(()),
+            Err(Errno::OPNOTSUPP) => Err(Failure::Unsupported),
+            Err(error) => Err(Failure::Io(error.into())),
+        }
+    }
+}
+
+impl VirtioDevice for Block {
+    type State = BlockState;
+
+    fn device_type(&self) -> u32 {
+        TYPE_BLOCK
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        let access = if self.state.read_only {
+            F_RO
+        } else {
+            F_FLUSH | F_DISCARD | F_WRITE_ZEROES
+        };
+        F_SEG_MAX | F_BLK_SIZE | access
+    }
+
+    /// The layout is that of §5.2.4; fields of features not offered are zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0; 60];
+        let mut put = |at: usize, bytes: &[u8]| {
+            config[at..at + bytes.len()].copy_from_slice(bytes);
+        };
+        put(0, &self.state.capacity_sectors.to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &(SECTOR_SIZE as u32).to_le_bytes());
+        if !self.state.read_only {
+            put(36, &DISCARD_SECTORS_MAX.to_le_bytes());
+            put(40, &DISCARD_SEGMENTS_MAX.to_le_bytes());
+            put(44, &DISCARD_ALIGNMENT.to_le_bytes());
+            put(48, &DISCARD_SECTORS_MAX.to_le_bytes());
+            put(52, &DISCARD_SEGMENTS_MAX.to_le_bytes());
+            put(56, &[1]); // write-zeroes may unmap
+        }
+        copy_config(&config, offset, data);
+    }
+
+    fn process_queue(
+        &mut self,
+        queue: usize,
+        io: &mut DeviceIo<'_>,
+    ) -> Result<Progress, QueueError> {
+        let mut moved = 0;
+        while moved < BURST_MAX {
+            let Some(mut chain) = io.pop(queue)? else {
+                if io.enable_notification(queue)? {
+                    continue;
+                }
+                return Ok(Progress::Done);
+            };
+            // Each request counts for a page at least: a bound on their number.
+            moved += 4096 + chain.readable.len() + chain.writable.len();
+            let written = self
+                .execute(&mut chain)
+                .map_err(|source| QueueError::Chain { queue, source })?;
+            io.push_used(queue, &chain, written)?;
+        }
+        Ok(Progress::More)
+    }
+
+    fn host_events(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn process_host_events(&mut self, _io: &mut DeviceIo<'_>) -> Result<Progress, QueueError> {
+        Ok(Progress::Done)
+    }
+
+    fn reset(&mut self) {}
+
+    fn save(&self) -> BlockState {
+        self.state.clone()
+    }
+}

@@ -1,0 +1,112 @@
+//! Vectored I/O between a file descriptor and guest memory, without a copy in
+//! between. The only unsafe code of this crate: a `&[u8]` into guest memory,
+//! which the safe wrappers of these system calls want, must not exist.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use vm_memory::VolatileSlice;
+use vm_memory::volatile_memory::PtrGuardMut;
+
+/// The most slices that one call takes (Linux: UIO_MAXIOV); the rest is left for
+/// the next call, as after any short read or write.
+const IOV_MAX: usize = 1024;
+
+/// Pointers and lengths for the kernel, and what keeps them valid.
+struct IoVec {
+    // Field order matters not, presence does: the guards keep the mappings.
+    _guards: Vec<PtrGuardMut>,
+    entries: Vec<libc::iovec>,
+}
+
+impl IoVec {
+    fn new(slices: &[VolatileSlice<'_>]) -> Self {
+        let guards: Vec<PtrGuardMut> = slices
+            .iter()
+            .take(IOV_MAX)
+            .map(VolatileSlice::ptr_guard_mut)
+            .collect();
+        let entries = guards
+            .iter()
+            .map(|guard| libc::iovec {
+                iov_base: guard.as_ptr().cast(),
+                iov_len: guard.len(),
+            })
+            .collect();
+        Self {
+            _guards: guards,
+            entries,
+        }
+    }
+
+    /// No more than `IOV_MAX`, so the cast is exact.
+    fn count(&self) -> libc::c_int {
+        self.entries.len() as libc::c_int
+    }
+}
+
+fn offset_of(offset: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// Repeats `call` while a signal interrupts it.
+fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
+    loop {
+        if let Ok(count) = usize::try_from(call()) {
+            return Ok(count);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// `preadv(2)` into `slices`. Fewer bytes than asked for is no error.
+pub(super) fn preadv(
+    fd: BorrowedFd<'_>,
+    slices: &[VolatileSlice<'_>],
+    offset: u64,
+) -> io::Result<usize> {
+    let (iov, offset) = (IoVec::new(slices), offset_of(offset)?);
+    // SAFETY: each entry points to memory that its guard keeps mapped for as long
+    // as `iov` lives, of the length given; the kernel writes nothing else.
+    retry(|| unsafe { libc::preadv(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count(), offset) })
+}
+
+/// `pwritev(2)` from `slices`. Fewer bytes than asked for is no error.
+pub(super) fn pwritev(
+    fd: BorrowedFd<'_>,
+    slices: &[VolatileSlice<'_>],
+    offset: u64,
+) -> io::Result<usize> {
+    let (iov, offset) = (IoVec::new(slices), offset_of(offset)?);
+    // SAFETY: each entry points to memory that its guard keeps mapped for as long
+    // as `iov` lives, of the length given; the kernel only reads it.
+    retry(|| unsafe { libc::pwritev(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count(), offset) })
+}
+
+/// `readv(2)` into `slices`.
+pub(super) fn readv(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let iov = IoVec::new(slices);
+    // SAFETY: as in `preadv`.
+    retry(|| unsafe { libc::readv(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count()) })
+}
+
+/// `sendmsg(2)` from `slices` to a socket: does not block, raises no SIGPIPE.
+pub(super) fn send(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let mut iov = IoVec::new(slices);
+    let message = libc::msghdr {
+        msg_name: std::ptr::null_mut(),
+        msg_namelen: 0,
+        msg_iov: iov.entries.as_mut_ptr(),
+        msg_iovlen: iov.entries.len(),
+        msg_control: std::ptr::null_mut(),
+        msg_controllen: 0,
+        msg_flags: 0,
+    };
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+    // SAFETY: `message` and the entries that it points to outlive the call; each
+    // entry points to memory that its guard keeps mapped; the kernel only reads it.
+    retry(|| unsafe { libc::sendmsg(fd.as_raw_fd(), &message, flags) })
+}

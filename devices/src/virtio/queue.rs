@@ -1,0 +1,302 @@
+//! Split virtqueues (virtio 1.2 §2.7): `virtio-queue` does the rings; here are
+//! the registers before a ring is ready, the state, and what a device sees.
+
+use std::sync::atomic::{Ordering, fence};
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, Permissions};
+
+use super::chain::{Chain, ChainError};
+use crate::GuestMemory;
+
+/// What a driver broke in a queue.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// A ring that is not wholly in guest memory, misaligned, or of a size that
+    /// is no power of two or beyond the maximum.
+    #[error("queue {0}: bad size or address")]
+    Setup(usize),
+    /// The rings themselves are inconsistent.
+    #[error("queue {queue}: {source}")]
+    Ring {
+        /// Index of the queue.
+        queue: usize,
+        /// What the ring says.
+        source: virtio_queue::Error,
+    },
+    /// A descriptor chain is broken.
+    #[error("queue {queue}: {source}")]
+    Chain {
+        /// Index of the queue.
+        queue: usize,
+        /// What is wrong with it.
+        source: ChainError,
+    },
+}
+
+/// One queue as its driver set it up, and how far the device has come in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueState {
+    /// Entries.
+    pub size: u16,
+    /// Whether the driver has enabled it.
+    pub ready: bool,
+    /// Guest-physical address of the descriptor table.
+    pub desc_table: u64,
+    /// Guest-physical address of the available (driver) ring.
+    pub avail_ring: u64,
+    /// Guest-physical address of the used (device) ring.
+    pub used_ring: u64,
+    /// Available chains taken so far, modulo 2^16.
+    pub next_avail: u16,
+    /// Used chains given back so far, modulo 2^16.
+    pub next_used: u16,
+}
+
+impl QueueState {
+    fn fresh(max_size: u16) -> Self {
+        Self {
+            size: max_size,
+            ready: false,
+            desc_table: 0,
+            avail_ring: 0,
+            used_ring: 0,
+            next_avail: 0,
+            next_used: 0,
+        }
+    }
+}
+
+/// A queue of the transport: registers, and the ring once it is ready.
+#[derive(Debug)]
+pub(super) struct VirtQueue {
+    index: usize,
+    max_size: u16,
+    /// Stale in `ready`, `next_avail` and `next_used` while `ring` is there.
+    pub(super) registers: QueueState,
+    ring: Option<Queue>,
+    used_added: bool,
+}
+
+impl VirtQueue {
+    pub(super) fn new(index: usize, max_size: u16) -> Self {
+        Self {
+            index,
+            max_size,
+            registers: QueueState::fresh(max_size),
+            ring: None,
+            used_added: false,
+        }
+    }
+
+    /// A queue in `state`, which is untrusted.
+    pub(super) fn restore(
+        index: usize,
+        max_size: u16,
+        state: &QueueState,
+        memory: &GuestMemory,
+        event_idx: bool,
+    ) -> Result<Self, QueueError> {
+        let mut queue = Self::new(index, max_size);
+        queue.registers = state.clone();
+        if state.ready {
+            queue.enable(memory, event_idx)?;
+        } else {
+            queue.disable();
+        }
+        Ok(queue)
+    }
+
+    pub(super) fn save(&self) -> QueueState {
+        let mut state = self.registers.clone();
+        state.ready = self.is_ready();
+        if let Some(ring) = &self.ring {
+            state.next_avail = ring.next_avail();
+            state.next_used = ring.next_used();
+        }
+        state
+    }
+
+    pub(super) fn max_size(&self) -> u16 {
+        self.max_size
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        self.ring.is_some()
+    }
+
+    /// Makes the ring from the registers, at the indices that they hold.
+    pub(super) fn enable(
+        &mut self,
+        memory: &GuestMemory,
+        event_idx: bool,
+    ) -> Result<(), QueueError> {
+        let r = &self.registers;
+        let ring = Queue::try_from(virtio_queue::QueueState {
+            max_size: self.max_size,
+            next_avail: r.next_avail,
+            next_used: r.next_used,
+            event_idx_enabled: event_idx,
+            size: r.size,
+            ready: true,
+            desc_table: r.desc_table,
+            avail_ring: r.avail_ring,
+            used_ring: r.used_ring,
+        })
+        .map_err(|_| QueueError::Setup(self.index))?;
+        // `Queue::is_valid` checks the same, but logs each failure: a guest could
+        // fill the log. Address 0 stands for "not set" in the queue.
+        let size = usize::from(r.size);
+        let inside = |address: u64, len: usize, access| {
+            memory.check_range(GuestAddress(address), len, access)
+        };
+        let valid = r.avail_ring != 0
+            && inside(r.desc_table, 16 * size, Permissions::Read)
+            && inside(r.avail_ring, 6 + 2 * size, Permissions::Read)
+            && inside(r.used_ring, 6 + 8 * size, Permissions::Write);
+        if !valid {
+            return Err(QueueError::Setup(self.index));
+        }
+        self.ring = Some(ring);
+        Ok(())
+    }
+
+    /// Stops the ring; a driver that enables it again starts it from the front.
+    pub(super) fn disable(&mut self) {
+        self.ring = None;
+        self.used_added = false;
+        self.registers.next_avail = 0;
+        self.registers.next_used = 0;
+    }
+
+    fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueError> {
+        let queue = self.index;
+        let Some(ring) = &mut self.ring else {
+            return Ok(None);
+        };
+        let size = ring.size();
+        let mut available = ring
+            .iter(memory)
+            .map_err(|source| QueueError::Ring { queue, source })?;
+        available
+            .next()
+            .map(|chain| Chain::parse(memory, size, chain))
+            .transpose()
+            .map_err(|source| QueueError::Chain { queue, source })
+    }
+
+    fn push_used(
+        &mut self,
+        memory: &GuestMemory,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
+        let queue = self.index;
+        if let Some(ring) = &mut self.ring {
+            ring.add_used(memory, head, written)
+                .map_err(|source| QueueError::Ring { queue, source })?;
+            self.used_added = true;
+        }
+        Ok(())
+    }
+
+    /// Asks the driver to notify of the next chain. True if there is one already.
+    ///
+    /// What `Queue::enable_notification` does, except that it does not write what
+    /// is there already: a write costs a forked guest a page of its own.
+    fn enable_notification(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        let queue = self.index;
+        let Some(ring) = &self.ring else {
+            return Ok(false);
+        };
+        let failed = |source| QueueError::Ring { queue, source };
+        let memory_failed = |e| failed(virtio_queue::Error::GuestMemory(e));
+        if ring.event_idx_enabled() {
+            // §2.7.8: avail_event follows the used elements.
+            let offset = 4 + 8 * u64::from(ring.size());
+            let avail_event = GuestAddress(ring.used_ring().saturating_add(offset));
+            let armed: u16 = memory
+                .load(avail_event, Ordering::Relaxed)
+                .map_err(memory_failed)?;
+            if u16::from_le(armed) != ring.next_avail() {
+                memory
+                    .store(ring.next_avail().to_le(), avail_event, Ordering::Relaxed)
+                    .map_err(memory_failed)?;
+            }
+        }
+        // The driver publishes a chain, then looks at avail_event; we do the
+        // reverse, and one of the two must see the other.
+        fence(Ordering::SeqCst);
+        let available = ring.avail_idx(memory, Ordering::Acquire).map_err(failed)?;
+        Ok(available.0 != ring.next_avail())
+    }
+
+    /// Whether the driver is to be interrupted for what was given back since the
+    /// last call.
+    pub(super) fn take_interrupt(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        let queue = self.index;
+        match &mut self.ring {
+            Some(ring) if std::mem::take(&mut self.used_added) => ring
+                .needs_notification(memory)
+                .map_err(|source| QueueError::Ring { queue, source }),
+            _ => Ok(false),
+        }
+    }
+}
+
+/// A device's view of its queues, for the time of one call.
+pub struct DeviceIo<'m> {
+    memory: &'m GuestMemory,
+    queues: &'m mut [VirtQueue],
+}
+
+impl<'m> DeviceIo<'m> {
+    pub(super) fn new(memory: &'m GuestMemory, queues: &'m mut [VirtQueue]) -> Self {
+        Self { memory, queues }
+    }
+
+    /// Takes the next available chain; `None` if there is none, or the queue is
+    /// not set up.
+    pub fn pop(&mut self, queue: usize) -> Result<Option<Chain<'m>>, QueueError> {
+        match self.queues.get_mut(queue) {
+            Some(q) => q.pop(self.memory),
+            None => Ok(None),
+        }
+    }
+
+    /// Puts the chain that was popped last back, unused.
+    pub fn undo_pop(&mut self, queue: usize) {
+        if let Some(ring) = self.queues.get_mut(queue).and_then(|q| q.ring.as_mut()) {
+            ring.go_to_previous_position();
+        }
+    }
+
+    /// Gives a chain back to the driver, with the number of bytes written to it.
+    pub fn push_used(
+        &mut self,
+        queue: usize,
+        chain: &Chain<'m>,
+        written: usize,
+    ) -> Result<(), QueueError> {
+        match self.queues.get_mut(queue) {
+            // A chain has no more than 2^32 - 1 bytes.
+            Some(q) => q.push_used(
+                self.memory,
+                chain.head(),
+                u32::try_from(written).unwrap_or(u32::MAX),
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// Asks the driver to notify of the next chain. True if one is there already
+    /// (it may have come without a notification): go on with it.
+    pub fn enable_notification(&mut self, queue: usize) -> Result<bool, QueueError> {
+        match self.queues.get_mut(queue) {
+            Some(q) => q.enable_notification(self.memory),
+            None => Ok(false),
+        }
+    }
+}
