@@ -1,12 +1,250 @@
-//! `cargo xtask vmhost -- CMD`.
+//! `cargo xtask vmhost -- CMD`: a host whose KVM can run Linux.
+//!
+//! Where this machine's `/dev/kvm` is of the hardware kind (VMX or SVM), CMD just
+//! runs here. Elsewhere it runs on an *emulated host*: QEMU's TCG emulates an AMD
+//! machine, nested paging included, well enough for Linux's own `kvm-amd`. CMD sees
+//! this machine's files at the same paths (9p, under a tmpfs overlay), in the same
+//! working directory and environment; what it writes stays inside and is lost; its
+//! stdout, stderr and exit status come back as if it had run here.
 
-use anyhow::Result;
+mod cpio;
+mod image;
+mod machine;
+mod modules;
+mod request;
+
+use anyhow::{Context, Result, bail};
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, IsTerminal};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+/// What docker, env(1) and timeout(1) exit with when they themselves fail.
+const OWN_FAILURE: i32 = 125;
 
 /// `cargo xtask vmhost -- CMD`
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Only print whether this machine needs the emulated host
+    #[arg(long)]
+    check: bool,
+    /// Use the emulated host even where this machine's own KVM would do
+    #[arg(long)]
+    emulate: bool,
+    /// The emulated host's kernel
+    #[arg(long, value_enum, default_value_t, value_name = "VERSION")]
+    host_kernel: HostKernel,
+    /// The emulated host's memory
+    #[arg(long, default_value_t = DEFAULT_MEMORY_MIB, value_name = "MIB")]
+    memory: u32,
+    /// Kill the command after this time, the emulated host's boot included, and exit with 124
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: Option<u64>,
+    /// The command and its arguments
+    #[arg(last = true, required_unless_present = "check", value_name = "CMD")]
+    command: Vec<OsString>,
+}
 
-/// Runs a command where KVM can run Linux.
-pub fn run(_args: &Args) -> Result<()> {
-    Ok(())
+const DEFAULT_MEMORY_MIB: u32 = 6144;
+
+/// A kernel for the emulated host: one of Debian 12's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum HostKernel {
+    /// From the security archive; has PAGEMAP_SCAN and userfaultfd's WP_ASYNC.
+    #[default]
+    #[value(name = "6.12")]
+    Linux612,
+    /// Debian 12's own, the oldest host kernel that vm-run supports.
+    #[value(name = "6.1")]
+    Linux61,
+}
+
+impl HostKernel {
+    /// The version as the command line has it.
+    fn name(self) -> &'static str {
+        match self {
+            HostKernel::Linux612 => "6.12",
+            HostKernel::Linux61 => "6.1",
+        }
+    }
+
+    /// Debian's meta package. Not its cloud flavour: that has no 9p.
+    fn package(self) -> &'static str {
+        match self {
+            HostKernel::Linux612 => "linux-image-6.12-amd64",
+            HostKernel::Linux61 => "linux-image-amd64",
+        }
+    }
+}
+
+/// What the command reads as its standard input.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stdin {
+    /// `/dev/null`.
+    #[default]
+    Null,
+    /// This process's standard input, to its end.
+    Forward,
+}
+
+/// How [`run_command`] runs a command.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Use the emulated host even where this machine's own KVM would do.
+    pub emulate: bool,
+    /// The emulated host's kernel.
+    pub host_kernel: HostKernel,
+    /// The emulated host's memory in MiB.
+    pub memory_mib: u32,
+    /// The longest that boot and command may take together.
+    pub timeout: Option<Duration>,
+    /// What the command reads.
+    pub stdin: Stdin,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            emulate: false,
+            host_kernel: HostKernel::default(),
+            memory_mib: DEFAULT_MEMORY_MIB,
+            timeout: None,
+            stdin: Stdin::default(),
+        }
+    }
+}
+
+/// Runs a command where KVM can run Linux, and exits as it did.
+pub fn run(args: &Args) -> Result<()> {
+    if args.check {
+        match missing_hardware_kvm() {
+            None => println!("this machine's KVM can run Linux: commands run here"),
+            Some(reason) => println!("commands run on the emulated host: {reason}"),
+        }
+        return Ok(());
+    }
+    let stdin = if io::stdin().is_terminal() {
+        Stdin::Null
+    } else {
+        Stdin::Forward
+    };
+    let options = Options {
+        emulate: args.emulate,
+        host_kernel: args.host_kernel,
+        memory_mib: args.memory,
+        timeout: args.timeout.map(Duration::from_secs),
+        stdin,
+    };
+    let code = match run_command(&args.command, &options) {
+        Ok(code) => i32::from(code),
+        Err(error) => {
+            eprintln!("vmhost: {error:#}");
+            OWN_FAILURE
+        }
+    };
+    std::process::exit(code)
+}
+
+/// Runs `argv` where KVM can run Linux: here if [`missing_hardware_kvm`] finds nothing
+/// missing, else on the emulated host, which it says in one line on stderr. The command
+/// has this process's working directory, environment, stdout and stderr.
+///
+/// Returns the exit status as a shell has it: 128+n for death by signal n; 124 if the
+/// timeout ended it. The command is killed when the calling thread ends before it.
+pub fn run_command(argv: &[OsString], options: &Options) -> Result<u8> {
+    let reason = match missing_hardware_kvm() {
+        None if !options.emulate => return run_here(argv, options),
+        None => "as asked".to_owned(),
+        Some(reason) => reason,
+    };
+    eprintln!(
+        "vmhost: running on the emulated host (QEMU TCG with SVM, Linux {}): {reason}",
+        options.host_kernel.name()
+    );
+    let image = image::Image::prepare(options.host_kernel)?;
+    machine::run(argv, &image, options)
+}
+
+/// Why this machine's KVM cannot run a Linux guest, if it cannot.
+///
+/// PVM's `/dev/kvm` opens but shows the guest-visible CPU flags neither of VMX nor of SVM.
+pub fn missing_hardware_kvm() -> Option<String> {
+    if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
+        return Some(format!("cannot open /dev/kvm: {error}"));
+    }
+    match fs::read_to_string("/proc/cpuinfo") {
+        Err(error) => Some(format!("cannot read /proc/cpuinfo: {error}")),
+        Ok(cpuinfo) if has_virtualization(&cpuinfo) => None,
+        Ok(_) => Some("/proc/cpuinfo has neither vmx nor svm".to_owned()),
+    }
+}
+
+/// Whether a `/proc/cpuinfo` has the flag of VMX or SVM.
+fn has_virtualization(cpuinfo: &str) -> bool {
+    cpuinfo
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .filter(|(field, _)| field.trim() == "flags")
+        .any(|(_, flags)| {
+            flags
+                .split_whitespace()
+                .any(|flag| flag == "vmx" || flag == "svm")
+        })
+}
+
+/// Runs the command on this machine.
+fn run_here(argv: &[OsString], options: &Options) -> Result<u8> {
+    let [program, arguments @ ..] = argv else {
+        bail!("no command given");
+    };
+    // setpriv and timeout end the command with us and in time, as on the emulated host.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]);
+    if let Some(limit) = options.timeout {
+        command.args(["timeout", "--foreground", "--signal=KILL", "--verbose"]);
+        command.arg(format!("{}", limit.as_secs_f64()));
+    }
+    command.arg(program).args(arguments);
+    if options.stdin == Stdin::Null {
+        command.stdin(Stdio::null());
+    }
+    let status = command
+        .status()
+        .context("cannot start setpriv (package util-linux)")?;
+    shell_status(status).with_context(|| format!("{}: {status}", program.display()))
+}
+
+/// A status as a shell's `$?` has it.
+fn shell_status(status: ExitStatus) -> Option<u8> {
+    let code = status
+        .code()
+        .or_else(|| status.signal().map(|signal| 128 + signal))?;
+    u8::try_from(code).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_flags_count() {
+        assert!(has_virtualization(
+            "processor\t: 0\nflags\t\t: fpu vmx de\n"
+        ));
+        assert!(has_virtualization("flags\t\t: fpu svm\n"));
+        assert!(!has_virtualization(
+            "flags\t\t: fpu svm_lock\nvmx flags\t: vnmi\n"
+        ));
+        assert!(!has_virtualization("model name\t: svm vmx\n"));
+        assert!(!has_virtualization(""));
+    }
+
+    #[test]
+    fn statuses_are_what_a_shell_says() {
+        assert_eq!(shell_status(ExitStatus::from_raw(0)), Some(0));
+        assert_eq!(shell_status(ExitStatus::from_raw(7 << 8)), Some(7));
+        assert_eq!(shell_status(ExitStatus::from_raw(9)), Some(137));
+    }
 }

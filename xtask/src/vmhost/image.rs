@@ -1,0 +1,332 @@
+//! The emulated host's kernel and initramfs: made from Debian's packages once, kept
+//! in the cache.
+
+use super::{HostKernel, cpio, modules};
+use crate::host;
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Part of every key: raised when what is made of the same packages changes.
+const RECIPE: &[u8] = b"1";
+
+/// The packages that the emulated host is made of and runs on.
+const PACKAGES: &[&str] = &[
+    "qemu-system-x86",
+    "busybox-static",
+    "kmod",
+    "xz-utils",
+    "zstd",
+];
+/// What those packages bring, by which their presence is seen faster than dpkg says it.
+const PROGRAMS: &[&str] = &[
+    "qemu-system-x86_64",
+    "busybox",
+    "depmod",
+    "xz",
+    "zstd",
+    "setpriv",
+];
+
+/// Loaded at boot. All others are loaded by modprobe or by the kernel at first use.
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_console",
+    "qemu_fw_cfg",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "kvm_amd",
+];
+
+const INIT: &str = include_str!("init.sh");
+const SESSION: &str = include_str!("session.sh");
+
+/// What QEMU boots.
+pub struct Image {
+    /// The uncompressed kernel: decompressing it under emulation would take seconds.
+    pub vmlinux: PathBuf,
+    /// The initramfs, uncompressed for the same reason.
+    pub initramfs: PathBuf,
+    /// The package's `lib/modules`.
+    pub modules: PathBuf,
+}
+
+impl Image {
+    /// Finds the image in the cache, or makes it: installs packages, downloads the
+    /// kernel. Processes that need it at the same time wait for the first.
+    pub fn prepare(kernel: HostKernel) -> Result<Image> {
+        let cache = host::cache_dir()?;
+        let lock_path = cache.join("vmhost.lock");
+        let lock = fs::File::create(&lock_path)
+            .with_context(|| format!("cannot open {}", lock_path.display()))?;
+        lock.lock()
+            .with_context(|| format!("cannot lock {}", lock_path.display()))?;
+
+        install_programs()?;
+        let package = kernel.package();
+        let tree = cache.join(format!(
+            "vmhost-linux-{}-{}",
+            kernel.name(),
+            host::key(&[RECIPE, package.as_bytes()])
+        ));
+        make_once(&tree, |beside| unpack_kernel(package, beside))?;
+        let release = release(&tree)?;
+        let initramfs_key = host::key(&[
+            tree.as_os_str().as_encoded_bytes(),
+            release.as_bytes(),
+            INIT.as_bytes(),
+            SESSION.as_bytes(),
+            MODULES.join(" ").as_bytes(),
+        ]);
+        let initramfs = cache.join(format!(
+            "vmhost-initramfs-{}-{initramfs_key}",
+            kernel.name()
+        ));
+        make_once(&initramfs, |beside| {
+            let archive = initramfs_archive(&tree.join("lib/modules").join(&release))?;
+            fs::write(beside, archive).with_context(|| format!("cannot write {}", beside.display()))
+        })?;
+        Ok(Image {
+            vmlinux: tree.join("vmlinux"),
+            initramfs,
+            modules: tree.join("lib/modules"),
+        })
+    }
+}
+
+/// Makes `target` beside itself and renames it, so that it is whole or absent. The
+/// caller holds the cache's lock.
+fn make_once(target: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if target.exists() {
+        return Ok(());
+    }
+    let beside = target.with_extension("part");
+    if beside.is_dir() {
+        // Left by a process that was killed.
+        fs::remove_dir_all(&beside)
+            .with_context(|| format!("cannot remove {}", beside.display()))?;
+    }
+    make(&beside)?;
+    fs::rename(&beside, target).with_context(|| format!("cannot make {}", target.display()))
+}
+
+/// Installs what is missing; says what to install where it cannot.
+fn install_programs() -> Result<()> {
+    if PROGRAMS
+        .iter()
+        .all(|program| find_program(program).is_some())
+    {
+        return Ok(());
+    }
+    if !rustix::process::geteuid().is_root() || find_program("apt-get").is_none() {
+        bail!(
+            "the emulated host needs these Debian packages, to be installed by root: {}",
+            PACKAGES.join(" ")
+        );
+    }
+    host::apt_install(PACKAGES)
+}
+
+/// The file that a shell with root's usual path would start.
+fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map(PathBuf::from))
+        .map(|dir| dir.join(name))
+        .find(|file| file.is_file())
+}
+
+/// Downloads the kernel that `package` (a meta package) stands for and unpacks it into
+/// `tree`, with depmod's files and the uncompressed kernel.
+fn unpack_kernel(package: &str, tree: &Path) -> Result<()> {
+    eprintln!("vmhost: fetching and unpacking the kernel of {package} (once)");
+    fs::create_dir_all(tree).with_context(|| format!("cannot make {}", tree.display()))?;
+    let real = match real_package(package)? {
+        Some(real) => real,
+        None => {
+            // A machine that has never fetched the package lists.
+            host::run(Command::new("apt-get").args(["-qq", "update"]))?;
+            real_package(package)?
+                .with_context(|| format!("Debian's package lists have no {package}"))?
+        }
+    };
+    host::run(
+        Command::new("apt-get")
+            // As root: the sandboxed user cannot write where we are.
+            .args(["-qq", "-o", "APT::Sandbox::User=root", "download", &real])
+            .current_dir(tree),
+    )?;
+    let deb = find_entry(tree, "linux-image-")?;
+    host::run(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(tree))?;
+    fs::remove_file(&deb).with_context(|| format!("cannot remove {}", deb.display()))?;
+
+    let release = release(tree)?;
+    let depmod = find_program("depmod").context("depmod is missing (package kmod)")?;
+    host::run(Command::new(depmod).arg("-b").arg(tree).arg(&release))?;
+    let bzimage_path = tree.join(format!("boot/vmlinuz-{release}"));
+    let bzimage = fs::read(&bzimage_path)
+        .with_context(|| format!("cannot read {}", bzimage_path.display()))?;
+    decompress_payload(bzimage_payload(&bzimage)?, tree)
+}
+
+/// The versioned package that the meta package depends on, if apt knows it.
+fn real_package(meta: &str) -> Result<Option<String>> {
+    // apt-cache says so on stderr and fails when it knows no such package.
+    let out = Command::new("apt-cache")
+        .args(["depends", meta])
+        .env("LC_ALL", "C")
+        .output()
+        .context("cannot start apt-cache; the emulated host is made of Debian's packages")?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    Ok(text
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Depends: "))
+        .find(|name| name.starts_with("linux-image-"))
+        .map(str::to_owned))
+}
+
+/// The kernel release in an unpacked kernel package: the one folder of its `lib/modules`.
+fn release(tree: &Path) -> Result<String> {
+    let dir = find_entry(&tree.join("lib/modules"), "")?;
+    let name = dir.file_name().and_then(|name| name.to_str());
+    Ok(name.context("the kernel's release is no UTF-8")?.to_owned())
+}
+
+/// The first entry of `dir` whose name begins with `prefix`.
+fn find_entry(dir: &Path, prefix: &str) -> Result<PathBuf> {
+    let entries = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+    for entry in entries {
+        let entry = entry.with_context(|| format!("cannot read {}", dir.display()))?;
+        if entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(prefix.as_bytes())
+        {
+            return Ok(entry.path());
+        }
+    }
+    bail!("nothing in {} begins with \"{prefix}\"", dir.display())
+}
+
+/// The compressed kernel inside a bzImage, without the length that Linux's build
+/// appends (Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length).
+fn bzimage_payload(image: &[u8]) -> Result<&[u8]> {
+    let word = |at: usize| -> Option<usize> {
+        let bytes = image.get(at..at + 4)?.try_into().ok()?;
+        usize::try_from(u32::from_le_bytes(bytes)).ok()
+    };
+    if image.get(0x202..0x206) != Some(b"HdrS".as_slice()) {
+        bail!("the kernel is no bzImage");
+    }
+    let setup_sectors = match image[0x1f1] {
+        0 => 4,
+        count => usize::from(count),
+    };
+    let payload = || {
+        let start = (setup_sectors + 1) * 512 + word(0x248)?;
+        let payload = image.get(start..)?.get(..word(0x24c)?)?;
+        payload.get(..payload.len().checked_sub(4)?)
+    };
+    payload().context("the bzImage's payload lies outside it")
+}
+
+/// Writes `tree/vmlinux` from the payload.
+fn decompress_payload(payload: &[u8], tree: &Path) -> Result<()> {
+    let program = match payload {
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => "xz",
+        _ => bail!("the kernel is compressed neither by zstd nor by xz"),
+    };
+    let compressed = tree.join("vmlinux.compressed");
+    fs::write(&compressed, payload)
+        .with_context(|| format!("cannot write {}", compressed.display()))?;
+    let vmlinux = tree.join("vmlinux");
+    let out =
+        fs::File::create(&vmlinux).with_context(|| format!("cannot make {}", vmlinux.display()))?;
+    host::run(
+        Command::new(program)
+            .arg("-dc")
+            .arg(&compressed)
+            .stdout(out),
+    )?;
+    fs::remove_file(&compressed).with_context(|| format!("cannot remove {}", compressed.display()))
+}
+
+/// The initramfs with busybox, the scripts and the modules of `module_tree`, these
+/// decompressed.
+fn initramfs_archive(module_tree: &Path) -> Result<Vec<u8>> {
+    let read = |path: &Path| {
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let dep = read(&module_tree.join("modules.dep"))?;
+    let builtin = read(&module_tree.join("modules.builtin"))?;
+
+    let mut archive = cpio::Archive::default();
+    archive.directory("bin");
+    let busybox = find_program("busybox").context("busybox is missing (package busybox-static)")?;
+    let contents =
+        fs::read(&busybox).with_context(|| format!("cannot read {}", busybox.display()))?;
+    archive.file("bin/busybox", 0o755, &contents);
+    archive.file("init", 0o755, INIT.as_bytes());
+    archive.file("session.sh", 0o644, SESSION.as_bytes());
+    archive.directory("modules");
+    let mut order = String::new();
+    for file in modules::load_order(MODULES, &dep, &builtin)? {
+        let name = format!("{}.ko", modules::module_name(file));
+        let contents = read_module(&module_tree.join(file))?;
+        archive.file(&format!("modules/{name}"), 0o644, &contents);
+        order.push_str(&name);
+        order.push('\n');
+    }
+    archive.file("modules/order", 0o644, order.as_bytes());
+    Ok(archive.finish())
+}
+
+/// A module's file, decompressed if its name says that it is compressed.
+fn read_module(path: &Path) -> Result<Vec<u8>> {
+    if path.extension().is_some_and(|extension| extension == "xz") {
+        let out = Command::new("xz")
+            .arg("-dc")
+            .arg(path)
+            .output()
+            .context("cannot start xz")?;
+        if !out.status.success() {
+            bail!("xz -dc {}: {}", path.display(), out.status);
+        }
+        return Ok(out.stdout);
+    }
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A bzImage of `sectors` setup sectors with `payload` 16 bytes behind them.
+    fn bzimage(sectors: u8, payload: &[u8]) -> Vec<u8> {
+        let start = (usize::from(sectors) + 1) * 512 + 16;
+        let mut image = vec![0; start];
+        image[0x1f1] = sectors;
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x248..0x24c].copy_from_slice(&16u32.to_le_bytes());
+        image[0x24c..0x250].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+        image.extend_from_slice(payload);
+        image
+    }
+
+    #[test]
+    fn the_payload_is_found_without_its_length() {
+        let image = bzimage(39, b"compressed....");
+        assert_eq!(bzimage_payload(&image).unwrap(), b"compressed");
+    }
+
+    #[test]
+    fn a_cut_or_foreign_image_is_refused() {
+        let mut image = bzimage(39, b"compressed....");
+        image.pop();
+        assert!(bzimage_payload(&image).is_err());
+        assert!(bzimage_payload(b"\x7fELF").is_err());
+    }
+}
