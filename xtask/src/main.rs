@@ -1,6 +1,7 @@
 //! The project's own tools: `cargo xtask NAME`. What CI calls is what is called
 //! at home.
 
+mod agent;
 mod host;
 mod kernel;
 mod vmhost;
@@ -17,6 +18,8 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Build the guest's agent and pack it as an initramfs (cached by content)
+    Agent(agent::Args),
     /// Build the guest kernel (cached by content)
     Kernel(kernel::Args),
     /// Run a command where KVM can run Linux: here, or on an emulated host
@@ -25,6 +28,7 @@ enum Task {
 
 fn main() -> Result<()> {
     match Args::parse().task {
+        Task::Agent(args) => agent::run(&args),
         Task::Kernel(args) => kernel::run(&args),
         Task::Vmhost(args) => vmhost::run(&args),
     }

@@ -1,2 +1,134 @@
-//! PID 1 of the guest.
-fn main() {}
+//! PID 1 of the guest. The boot, told from its first line to its last.
+
+use rustix::fs::{Mode, OFlags, open};
+use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::system::{RebootCommand, reboot};
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::OnceLock;
+use vm_run_abi::protocol::PORT;
+use vm_run_agent::doorbell::Doorbell;
+use vm_run_agent::identity::ForkPoint;
+use vm_run_agent::rootfs::Disks;
+use vm_run_agent::serve::Server;
+use vm_run_agent::spawn::Resources;
+use vm_run_agent::{check, mounts, sys};
+
+/// The limit of open files in a container: what docker's daemon runs with, and
+/// the kernel's own bound (fs.nr_open).
+const OPEN_FILES: u64 = 1 << 20;
+
+/// The way to the monitor's user, once there is one.
+static DOORBELL: OnceLock<Doorbell> = OnceLock::new();
+
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        eprintln!(
+            "vm-run-agent is the first process of a vm-run guest, and does nothing elsewhere"
+        );
+        return ExitCode::from(2);
+    }
+    std::panic::set_hook(Box::new(|panic| {
+        give_up(&format!("this is a bug: {panic}"))
+    }));
+    match live() {
+        Ok(()) => power_off(),
+        Err(why) => give_up(&why),
+    }
+}
+
+/// From the kernel's hand-over to the end of the container.
+fn live() -> Result<(), String> {
+    let (fork_point, mut server) = boot()?;
+    fork_point.become_child()?;
+    let served = server.run();
+    // What the container wrote to a disk of its own is to be there next time.
+    rustix::fs::sync();
+    served.map_err(|e| format!("the event loop failed: {e}"))
+}
+
+/// Sets up the guest, to everything ready for the fork point.
+fn boot() -> Result<(ForkPoint, Server), String> {
+    mounts::cover_initramfs()?;
+    let has_devtmpfs = mounts::mount_dev()?;
+    let doorbell = Doorbell::map().map_err(|e| {
+        say(&format!("/dev/mem: {e}"));
+        "the kernel lacks CONFIG_DEVMEM".to_owned()
+    })?;
+    let doorbell = *DOORBELL.get_or_init(|| doorbell);
+    let disks = Disks {
+        image: "/dev/vda".to_owned(),
+        writable: "/dev/vdb".to_owned(),
+    };
+    check_machine(has_devtmpfs, &disks)?;
+
+    sys::loopback_up().map_err(|e| format!("cannot bring the loopback interface up: {e}"))?;
+    let fork_point = ForkPoint::prepare(doorbell)?;
+    let server = prepare_server(disks)?;
+    // What a child touches first is in memory and mapped before it is a child,
+    // and its page faults are not the child's to pay.
+    mlockall(MlockAllFlags::CURRENT).map_err(|e| format!("cannot lock memory: {e}"))?;
+    Ok((fork_point, server))
+}
+
+/// Mounts what is left to mount, and looks whether anything is missing.
+fn check_machine(has_devtmpfs: bool, disks: &Disks) -> Result<(), String> {
+    let mut missing = mounts::mount_guest();
+    if !has_devtmpfs {
+        missing.push("CONFIG_DEVTMPFS");
+    }
+    if let Some(why) = check::complaint(&check::missing_options(&missing)) {
+        return Err(why);
+    }
+    match check::missing_disks(&[&disks.image, &disks.writable]) {
+        Some(why) => Err(why),
+        None => Ok(()),
+    }
+}
+
+fn prepare_server(disks: Disks) -> Result<Server, String> {
+    let path = mounts::make_cgroup()?;
+    let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+    let cgroup =
+        open(&path, flags, Mode::empty()).map_err(|e| format!("cannot open {path}: {e}"))?;
+    let listener = sys::listen_vsock(PORT).map_err(|e| format!("cannot listen on vsock: {e}"))?;
+    let signals = sys::child_signals().map_err(|e| format!("cannot watch for SIGCHLD: {e}"))?;
+    let resources = Resources {
+        disks,
+        cgroup,
+        open_files: OPEN_FILES,
+    };
+    Server::new(listener, signals, resources).map_err(|e| format!("cannot make an epoll: {e}"))
+}
+
+/// One line on the console. Where there is no console nobody can be told.
+fn say(line: &str) {
+    writeln!(std::io::stderr(), "vm-run-agent: {line}").ok();
+}
+
+/// The end of a guest that cannot go on, in one line: to the monitor if the
+/// doorbell is there, and to the console.
+fn give_up(why: &str) -> ! {
+    let why = why.replace('\n', " ");
+    say(&why);
+    if let Some(doorbell) = DOORBELL.get() {
+        doorbell.boot_failed(&why);
+    } else if let Ok(mut log) = std::fs::File::create("/dev/kmsg") {
+        // The console says it already; this is for a kernel whose console is
+        // elsewhere.
+        writeln!(log, "<0>vm-run-agent: {why}").ok();
+    }
+    power_off()
+}
+
+/// Has the power cut. PID 1 must not return: that is a kernel panic.
+fn power_off() -> ! {
+    if let Some(doorbell) = DOORBELL.get() {
+        doorbell.power_off();
+    }
+    // No monitor listens, or none that knows the doorbell.
+    reboot(RebootCommand::Restart).ok();
+    loop {
+        std::thread::sleep(std::time::Duration::from_secs(3600));
+    }
+}

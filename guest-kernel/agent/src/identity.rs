@@ -1,0 +1,72 @@
+//! What a child does first: it becomes somebody.
+
+use crate::doorbell::{Doorbell, IdentityPage};
+use crate::sys;
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::time::{ClockId, Timespec, clock_settime};
+use vm_run_abi::identity::{Identity, Invalid};
+
+/// Everything that the step from the fork point to the applied identity needs,
+/// made ready before the fork point: after it, nothing is opened or allocated.
+#[derive(Debug)]
+pub struct ForkPoint {
+    doorbell: Doorbell,
+    page: IdentityPage,
+    random: OwnedFd,
+}
+
+impl ForkPoint {
+    /// Opens what is needed.
+    pub fn prepare(doorbell: Doorbell) -> Result<Self, String> {
+        let page = IdentityPage::map()
+            .map_err(|e| format!("cannot map the identity page through /dev/mem: {e}"))?;
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let random = open("/dev/urandom", flags, Mode::empty())
+            .map_err(|e| format!("cannot open /dev/urandom: {e}"))?;
+        Ok(Self {
+            doorbell,
+            page,
+            random,
+        })
+    }
+
+    /// Rings the fork point until this is a child, and makes its identity hold.
+    /// An error must end the guest: nothing may run under a twin's identity.
+    pub fn become_child(&self) -> Result<(), String> {
+        let identity = loop {
+            self.doorbell.fork_point();
+            let mut bytes = self.page.read();
+            let identity = Identity::from_bytes(&bytes);
+            sys::wipe(&mut bytes);
+            match identity {
+                Ok(identity) => break identity,
+                Err(Invalid::NoMagic) => {}
+                Err(e) => return Err(e.to_string()),
+            }
+        };
+        self.page.wipe_entropy();
+        let generation = identity.generation;
+        self.apply(identity)?;
+        self.doorbell.identity_applied(generation);
+        Ok(())
+    }
+
+    fn apply(&self, mut identity: Identity) -> Result<(), String> {
+        let reseeded = sys::reseed(self.random.as_fd(), &identity.entropy);
+        sys::wipe(&mut identity.entropy);
+        reseeded.map_err(|e| format!("cannot reseed the kernel's random numbers: {e}"))?;
+        clock_settime(ClockId::Realtime, timespec(identity.realtime_ns))
+            .map_err(|e| format!("cannot set the clock: {e}"))?;
+        rustix::system::sethostname(identity.hostname().as_bytes())
+            .map_err(|e| format!("cannot set the hostname: {e}"))
+    }
+}
+
+fn timespec(ns: u64) -> Timespec {
+    const SECOND: u64 = 1_000_000_000;
+    Timespec {
+        tv_sec: (ns / SECOND) as i64,
+        tv_nsec: (ns % SECOND) as i64,
+    }
+}

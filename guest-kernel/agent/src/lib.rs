@@ -1,0 +1,30 @@
+//! What PID 1 of the guest is made of. `main.rs` tells the story of the boot;
+//! the modules here each do one job of it:
+//!
+//! - [`mounts`], [`check`]: the guest itself, before the fork point;
+//! - [`doorbell`], [`identity`]: the fork point and what a child becomes there;
+//! - [`serve`]: the event loop over [`frame`]s and [`streams`], and the
+//!   [`container`] that it serves;
+//! - [`spawn`], then in the new process [`rootfs`], [`jail`], [`user`], [`exec`]:
+//!   the way of the container's process from the agent to its program.
+//!
+//! It is a library so that a test can run the loop and start containers over
+//! any stream socket, without a virtual machine.
+//!
+//! One thread, no async runtime: the process forks, and a fork point wants few
+//! pages. `unsafe` is in [`sys`] and [`doorbell`] alone.
+
+pub mod check;
+pub mod container;
+pub mod doorbell;
+pub mod exec;
+pub mod frame;
+pub mod identity;
+pub mod jail;
+pub mod mounts;
+pub mod rootfs;
+pub mod serve;
+pub mod spawn;
+pub mod streams;
+pub mod sys;
+pub mod user;

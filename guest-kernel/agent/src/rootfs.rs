@@ -1,0 +1,222 @@
+//! The container's root file system: the read-only image on the first disk, the
+//! writable layer over it.
+
+use crate::mounts::{self, make_directory_with, mount};
+use crate::sys;
+use rustix::fd::AsFd;
+use rustix::io::Errno;
+use rustix::mount::MountFlags;
+use std::ffi::CString;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::Duration;
+use vm_run_abi::protocol::Writable;
+
+/// Where a guest finds what belongs to its container.
+#[derive(Debug, Clone)]
+pub struct Disks {
+    /// The image: erofs or ext4, never written.
+    pub image: String,
+    /// For [`Writable::Disk`]: an ext4.
+    pub writable: String,
+}
+
+/// A file system that the agent mounts from a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Erofs,
+    Ext4,
+}
+
+/// What the start of a disk says: the file system and its size in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Superblock {
+    kind: Kind,
+    size: u64,
+}
+
+/// Both file systems have their superblock at this offset.
+const SUPERBLOCK_AT: u64 = 1024;
+/// As much of it as is looked at (the rest of the page).
+const SUPERBLOCK_LEN: usize = 1024;
+
+impl Superblock {
+    /// By Linux fs/erofs/erofs_fs.h (`struct erofs_super_block`) and fs/ext4/ext4.h
+    /// (`struct ext4_super_block`).
+    fn parse(bytes: &[u8; SUPERBLOCK_LEN]) -> Option<Self> {
+        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
+        let blocks_of = |blocks: u32, bits: u32| u64::from(blocks).checked_shl(bits);
+        if u32_at(0) == 0xe0f5_e1e2 {
+            let size = blocks_of(u32_at(36), u32::from(bytes[12]).min(16))?;
+            return Some(Self {
+                kind: Kind::Erofs,
+                size,
+            });
+        }
+        if u16_at(56) == 0xef53 {
+            let size = blocks_of(u32_at(4), 10 + u32_at(24).min(6))?;
+            return Some(Self {
+                kind: Kind::Ext4,
+                size,
+            });
+        }
+        None
+    }
+}
+
+/// How long a disk may take to show its size after a fork. Late binding changes
+/// the size that the kernel knows, and the kernel hears of it by an interrupt.
+const SIZE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a look at a disk has found.
+enum Look {
+    /// A file system that fits the disk.
+    Ready(Kind),
+    /// The disk is smaller than that: it may grow still.
+    Small(String),
+}
+
+/// Waits until the disk is as large as its file system says, and returns the
+/// file system's kind.
+fn probe(disk: &str) -> Result<Kind, String> {
+    let pause = Duration::from_millis(2);
+    let mut waited = Duration::ZERO;
+    loop {
+        match look(disk)? {
+            Look::Ready(kind) => return Ok(kind),
+            Look::Small(why) if waited >= SIZE_PATIENCE => return Err(why),
+            Look::Small(_) => std::thread::sleep(pause),
+        }
+        waited += pause;
+    }
+}
+
+fn look(disk: &str) -> Result<Look, String> {
+    let failed = |e: std::io::Error| format!("cannot read {disk}: {e}");
+    let file = File::open(disk).map_err(failed)?;
+    let size = sys::block_device_size(file.as_fd()).map_err(failed)?;
+    if size < SUPERBLOCK_AT + SUPERBLOCK_LEN as u64 {
+        return Ok(Look::Small(format!("{disk} has only {size} bytes")));
+    }
+    let mut bytes = [0; SUPERBLOCK_LEN];
+    file.read_exact_at(&mut bytes, SUPERBLOCK_AT)
+        .map_err(failed)?;
+    let found =
+        Superblock::parse(&bytes).ok_or_else(|| format!("{disk} holds neither erofs nor ext4"))?;
+    if size >= found.size {
+        return Ok(Look::Ready(found.kind));
+    }
+    let needed = found.size;
+    let why = format!("{disk} has {size} of the {needed} bytes of its file system");
+    Ok(Look::Small(why))
+}
+
+/// The paths under [`mounts::BASE`].
+struct Paths {
+    image: String,
+    layer: String,
+    root: String,
+}
+
+/// Mounts the root file system, and returns where. To be called in a mount
+/// namespace of the container's own. The root is writable still, so that mount
+/// points can be made in it, whatever `writable` says: with
+/// [`Writable::Nothing`] the caller makes it read-only when they are there.
+pub fn mount_root(disks: &Disks, writable: &Writable) -> Result<String, String> {
+    let under = |name: &str| format!("{}/{name}", mounts::BASE);
+    let paths = Paths {
+        image: under("image"),
+        layer: under("layer"),
+        root: under("root"),
+    };
+    for path in [&paths.image, &paths.layer, &paths.root] {
+        make_directory_with(path, 0o755)?;
+    }
+    mount_image(&disks.image, &paths.image)?;
+    mount_layer(disks, writable, &paths.layer)?;
+    mount_overlay(&paths)?;
+    Ok(paths.root)
+}
+
+fn mount_image(disk: &str, target: &str) -> Result<(), String> {
+    let flags = MountFlags::RDONLY | MountFlags::NOATIME;
+    match probe(disk)? {
+        Kind::Erofs => mount(disk, target, "erofs", flags, c""),
+        // No journal replay: the disk cannot be written.
+        Kind::Ext4 => mount(disk, target, "ext4", flags, c"noload"),
+    }
+}
+
+/// What is written on a root that turns read-only: mount points, and the working
+/// directory. A bound, not a reservation.
+const MOUNT_POINTS_LIMIT: u64 = 1 << 20;
+
+fn mount_layer(disks: &Disks, writable: &Writable, target: &str) -> Result<(), String> {
+    let limit = match writable {
+        Writable::Memory { limit } => *limit,
+        Writable::Nothing => MOUNT_POINTS_LIMIT,
+        Writable::Disk => {
+            let disk = &disks.writable;
+            if probe(disk)? != Kind::Ext4 {
+                return Err(format!("{disk} is to be written and holds no ext4"));
+            }
+            // The thread that zeroes inode tables would write through a layer
+            // that may live for a second.
+            return mount(disk, target, "ext4", MountFlags::NOATIME, c"noinit_itable");
+        }
+    };
+    // tmpfs takes a size of zero for "no limit".
+    let options =
+        CString::new(format!("size={},mode=755", limit.max(4096))).map_err(|e| e.to_string())?;
+    mount("tmpfs", target, "tmpfs", MountFlags::NOATIME, &options)
+}
+
+fn mount_overlay(paths: &Paths) -> Result<(), String> {
+    let Paths { image, layer, root } = paths;
+    let (upper, work) = (format!("{layer}/upper"), format!("{layer}/work"));
+    make_upper(image, &upper)?;
+    make_directory_with(&work, 0o755)?;
+    let options = CString::new(format!("lowerdir={image},upperdir={upper},workdir={work}"))
+        .map_err(|e| e.to_string())?;
+    mount("overlay", root, "overlay", MountFlags::NOATIME, &options)
+}
+
+/// Makes the upper directory with owner and mode of the image's root, because
+/// the root of an overlay shows those of its upper directory.
+fn make_upper(image: &str, upper: &str) -> Result<(), String> {
+    match rustix::fs::mkdir(upper, rustix::fs::Mode::RWXU) {
+        Ok(()) => {}
+        Err(Errno::EXIST) => return Ok(()),
+        Err(e) => return Err(format!("cannot make {upper}: {e}")),
+    }
+    let failed = |e: std::io::Error| format!("cannot copy the mode of {image} to {upper}: {e}");
+    let like = std::fs::metadata(image).map_err(failed)?;
+    std::os::unix::fs::chown(upper, Some(like.uid()), Some(like.gid())).map_err(failed)?;
+    std::fs::set_permissions(upper, like.permissions()).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn superblocks_tell_kind_and_size() {
+        let mut erofs = [0; SUPERBLOCK_LEN];
+        erofs[0..4].copy_from_slice(&[0xe2, 0xe1, 0xf5, 0xe0]);
+        erofs[12] = 12;
+        erofs[36..40].copy_from_slice(&100u32.to_le_bytes());
+        let found = Superblock::parse(&erofs);
+        let expected = |kind, size| Some(Superblock { kind, size });
+        assert_eq!(found, expected(Kind::Erofs, 100 * 4096));
+
+        let mut ext4 = [0; SUPERBLOCK_LEN];
+        ext4[4..8].copy_from_slice(&5000u32.to_le_bytes());
+        ext4[24] = 2;
+        ext4[56..58].copy_from_slice(&[0x53, 0xef]);
+        assert_eq!(Superblock::parse(&ext4), expected(Kind::Ext4, 5000 * 4096));
+
+        assert_eq!(Superblock::parse(&[0; SUPERBLOCK_LEN]), None);
+        assert!(Superblock::parse(&[0xff; SUPERBLOCK_LEN]).is_none());
+    }
+}

@@ -1,0 +1,270 @@
+//! The system calls that rustix does not have, each behind a safe function.
+
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use rustix::process::Pid;
+use std::ffi::{CStr, CString};
+use std::io;
+use std::mem::{MaybeUninit, size_of, zeroed};
+use std::ptr;
+use vm_run_abi::identity::ENTROPY_LEN;
+
+/// `VMADDR_CID_HOST` (Linux include/uapi/linux/vm_sockets.h).
+const HOST_CID: u32 = 2;
+
+/// Turns the -1 of libc into the error of this thread.
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result)
+}
+
+fn own(fd: RawFd) -> io::Result<OwnedFd> {
+    let fd = check(fd)?;
+    // SAFETY: the kernel has just returned this descriptor, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A listening vsock socket on `port` of any local address: the address of a
+/// child may differ from its template's.
+pub fn listen_vsock(port: u32) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: takes no pointers.
+    let socket = own(unsafe { libc::socket(libc::AF_VSOCK, kind, 0) })?;
+    // SAFETY: sockaddr_vm is plain integers, for which zero is a value.
+    let mut address: libc::sockaddr_vm = unsafe { zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_port = port;
+    address.svm_cid = libc::VMADDR_CID_ANY;
+    // SAFETY: the address is a sockaddr_vm that lives through the call, with its size.
+    check(unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_vm>() as libc::socklen_t,
+        )
+    })?;
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::listen(socket.as_raw_fd(), 16) })?;
+    Ok(socket)
+}
+
+/// Accepts a connection, not blocking and closed at exec. `Ok(None)` is one
+/// that somebody else than the host made (a program in the guest, through vsock's
+/// loopback): it has been closed.
+pub fn accept_from_host(listener: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
+    // SAFETY: sockaddr_storage is plain integers, for which zero is a value.
+    let mut storage: libc::sockaddr_storage = unsafe { zeroed() };
+    let mut len = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: the kernel writes at most `len` bytes, the size of the storage.
+    let fd = own(unsafe {
+        libc::accept4(
+            listener.as_raw_fd(),
+            (&raw mut storage).cast(),
+            &raw mut len,
+            flags,
+        )
+    })?;
+    if i32::from(storage.ss_family) == libc::AF_VSOCK {
+        // SAFETY: the kernel filled in a sockaddr_vm, as the family says, and
+        // sockaddr_storage is large and aligned enough for every address.
+        let address = unsafe { (&raw const storage).cast::<libc::sockaddr_vm>().read() };
+        if address.svm_cid != HOST_CID {
+            return Ok(None);
+        }
+    }
+    Ok(Some(fd))
+}
+
+/// Blocks SIGCHLD, and returns a descriptor that is readable when one is pending.
+pub fn child_signals() -> io::Result<OwnedFd> {
+    // SAFETY: sigset_t is plain integers, for which zero is a value.
+    let mut set: libc::sigset_t = unsafe { zeroed() };
+    // SAFETY: the set lives through the call.
+    check(unsafe { libc::sigaddset(&raw mut set, libc::SIGCHLD) })?;
+    // SAFETY: the set lives through the call; no old set is asked for.
+    check(unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) })?;
+    // SAFETY: the set lives through the call.
+    own(unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) })
+}
+
+/// Gives every signal its default disposition and blocks none, as a new program
+/// expects them. (Rust's start code ignores SIGPIPE, and ignored stays ignored
+/// through an exec.)
+pub fn reset_signals() -> io::Result<()> {
+    for signal in 1..=libc::SIGRTMAX() {
+        if signal != libc::SIGKILL && signal != libc::SIGSTOP {
+            // The C library keeps two for itself and refuses them; they are
+            // at their defaults.
+            // SAFETY: SIG_DFL installs no handler.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+    }
+    // SAFETY: sigset_t is plain integers; all zero is the empty set on Linux.
+    let none: libc::sigset_t = unsafe { zeroed() };
+    // SAFETY: the set lives through the call; no old set is asked for.
+    check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) })?;
+    Ok(())
+}
+
+/// Sends any signal by its number; rustix knows only the named ones.
+pub fn kill(pid: Pid, signal: i32) -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::kill(pid.as_raw_nonzero().get(), signal) })?;
+    Ok(())
+}
+
+/// Of Linux include/uapi/linux/sched.h; libc's constant is too narrow for it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Forks into new namespaces (`CLONE_NEW*` in `namespaces`) and into the cgroup
+/// whose directory is given. `None` is the child, PID 1 if it has a new PID
+/// namespace.
+///
+/// The child may do anything, allocate too, because the process must have one
+/// thread only: no lock can be held by a thread that the child lacks.
+pub fn fork_into(
+    namespaces: libc::c_int,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<Option<Pid>> {
+    // SAFETY: clone_args is plain integers, for which zero is a value.
+    let mut args: libc::clone_args = unsafe { zeroed() };
+    args.flags = namespaces as u64;
+    args.exit_signal = libc::SIGCHLD as u64;
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    // SAFETY: the arguments live through the call. Without CLONE_VM the child
+    // has its own copy of this memory and returns here on its own copy of this
+    // stack, as after fork(2).
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw const args,
+            size_of::<libc::clone_args>(),
+        )
+    };
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Pid::from_raw(pid as i32))
+}
+
+/// Moves the calling process into a cgroup namespace whose root is the cgroup
+/// that it is in.
+pub fn new_cgroup_namespace() -> io::Result<()> {
+    // SAFETY: takes no pointers, and shares no descriptors or memory anew.
+    check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) })?;
+    Ok(())
+}
+
+/// Marks every descriptor from 3 on to be closed at exec.
+pub fn close_on_exec_from_3() -> io::Result<()> {
+    // SAFETY: takes no pointers, and closes nothing now.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    check(result as libc::c_int)?;
+    Ok(())
+}
+
+/// Becomes another program; returns only the reason why not.
+pub fn exec(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
+    let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
+        let all = strings.iter().map(|string| string.as_ptr());
+        all.chain([ptr::null()]).collect()
+    };
+    let (args, env) = (pointers(args), pointers(env));
+    // SAFETY: both arrays end in a null pointer, and they and their strings live
+    // through the call.
+    unsafe { libc::execve(path.as_ptr(), args.as_ptr(), env.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Ends the process at once, without the exit handlers of the one it was forked
+/// from.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: never returns, touches no memory.
+    unsafe { libc::_exit(code) }
+}
+
+/// `struct rand_pool_info` of Linux include/uapi/linux/random.h, with a buffer.
+#[repr(C)]
+struct RandPoolInfo {
+    entropy_count: libc::c_int,
+    buf_size: libc::c_int,
+    buf: [u8; ENTROPY_LEN],
+}
+
+const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+
+/// Mixes `entropy` into the kernel's pool, all of its bits credited, and makes
+/// the CRNG take a new key from it at once. `random` is an open /dev/urandom.
+/// The copy made here is wiped.
+pub fn reseed(random: BorrowedFd<'_>, entropy: &[u8; ENTROPY_LEN]) -> io::Result<()> {
+    let mut info = RandPoolInfo {
+        entropy_count: (ENTROPY_LEN * 8) as libc::c_int,
+        buf_size: ENTROPY_LEN as libc::c_int,
+        buf: *entropy,
+    };
+    // SAFETY: the kernel reads the header and `buf_size` bytes after it, all
+    // inside `info`.
+    let added = check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) });
+    wipe(&mut info.buf);
+    added?;
+    // SAFETY: this request takes no argument.
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) })?;
+    Ok(())
+}
+
+/// Overwrites a secret; the stores are not optimised away.
+pub fn wipe(secret: &mut [u8]) {
+    for byte in secret {
+        // SAFETY: `byte` is a valid, exclusive reference.
+        unsafe { ptr::write_volatile(byte, 0) };
+    }
+}
+
+/// Brings the loopback interface up.
+pub fn loopback_up() -> io::Result<()> {
+    let socket = rustix::net::socket_with(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // SAFETY: ifreq is integers and unions of integers and pointers, for which
+    // zero is a value.
+    let mut request: libc::ifreq = unsafe { zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the kernel reads one ifreq, which lives through the call.
+    check(unsafe {
+        libc::ioctl(
+            socket.as_fd().as_raw_fd(),
+            libc::SIOCSIFFLAGS,
+            &raw const request,
+        )
+    })?;
+    Ok(())
+}
+
+/// The size of the block device behind `fd`, in bytes.
+pub fn block_device_size(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut size = MaybeUninit::<u64>::zeroed();
+    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+    // SAFETY: the kernel writes one u64.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), BLKGETSIZE64, size.as_mut_ptr()) })?;
+    // SAFETY: zeroed before, and written by the kernel.
+    Ok(unsafe { size.assume_init() })
+}
