@@ -487,3 +487,6 @@ impl VirtioDevice for Block {
         self.state.clone()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -204,3 +204,6 @@ impl<'m> Chain<'m> {
         self.head
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -587,3 +587,6 @@ impl<D: VirtioDevice> MutEventSubscriber for MmioTransport<D> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -100,3 +100,6 @@ impl VirtioDevice for Rng {
         RngState {}
     }
 }
+
+#[cfg(test)]
+mod tests;

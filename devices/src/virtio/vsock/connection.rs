@@ -2,11 +2,14 @@
 //! credit of both directions (virtio 1.2 §5.10.6.3).
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::Shutdown;
 use std::num::Wrapping;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
 
 use super::packet::{Header, op, shutdown};
 use crate::virtio::{Buffers, ChainError, iov};
@@ -184,6 +187,11 @@ impl Connection {
     pub(super) fn receive(&mut self, header: &Header, payload: Buffers<'_>) -> Outcome {
         self.guest_buf_alloc = header.buf_alloc;
         self.guest_fwd_cnt = Wrapping(header.fwd_cnt);
+        if self.guest_room() > 0 {
+            // Not at every update: a guest that says "no room" would be asked
+            // again at once, and so on.
+            self.credit_requested = false;
+        }
         match (self.phase, header.op) {
             (Phase::Connecting, op::RESPONSE) => {
                 self.phase = Phase::Established;
@@ -192,10 +200,7 @@ impl Connection {
             (_, op::RST) => self.reset_by_guest(),
             (Phase::Established, op::RW) => self.receive_data(header.len, payload),
             (Phase::Established, op::SHUTDOWN) => self.receive_shutdown(header.flags),
-            (Phase::Established, op::CREDIT_UPDATE) => {
-                self.credit_requested = false;
-                Outcome::Keep
-            }
+            (Phase::Established, op::CREDIT_UPDATE) => Outcome::Keep,
             (Phase::Established, op::CREDIT_REQUEST) => {
                 self.credit_due = true;
                 Outcome::Keep
@@ -298,13 +303,13 @@ impl Connection {
     fn flush(&mut self) {
         while !self.buffer.is_empty() && !self.host_closed {
             let (front, _) = self.buffer.as_slices();
-            match self.stream.write(front) {
+            match send(&self.stream, front, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(count) => {
                     self.buffer.drain(..count);
                     self.count_forwarded(count);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(Errno::WOULDBLOCK) => break,
+                Err(Errno::INTR) => {}
                 Err(_) => self.host_closes(),
             }
         }
