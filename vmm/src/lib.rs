@@ -1,1 +1,33 @@
-//! vmm
+//! One virtual machine: boot, restore, pause, save, run. Owns KVM and every
+//! mapping of guest memory; knows nothing of templates, containers or identity.
+//!
+//! Read [`machine`](Event) to know the machine, `vm.rs` for its life,
+//! `vcpu/thread.rs` for a vCPU's.
+//!
+//! `unsafe` is in three files, for calls into KVM that the compiler cannot
+//! check: `kvm.rs` (memory slots), `vcpu/state.rs` (XSAVE buffers) and
+//! `vcpu/kick.rs` (the signal handler).
+
+#![deny(unsafe_code)]
+
+mod error;
+mod host;
+mod io;
+#[allow(unsafe_code)]
+mod kvm;
+mod layout;
+mod machine;
+mod memory;
+pub mod payload;
+mod vcpu;
+mod vm;
+mod x86_64;
+
+pub use error::{ConfigError, Error, HostError};
+pub use host::{Cpu, Host};
+pub use layout::{MEMORY_MAX, MEMORY_MIN, VCPUS_MAX};
+pub use machine::{Disks, Event, EventSink};
+pub use memory::{Image, Ram};
+pub use payload::Payload;
+pub use vcpu::state::VcpuState;
+pub use vm::{Timeline, Vm, VmConfig, VmState};

@@ -1,0 +1,84 @@
+//! Errors one can match on.
+
+use std::io;
+use std::path::PathBuf;
+use vm_run_abi::protocol::StartFailure;
+
+/// What can go wrong with templates and children. Each message is one line.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The monitor: the host's KVM, the configuration, the kernel file, ...
+    #[error(transparent)]
+    Vm(#[from] vmm::Error),
+    /// The parent did not reach its fork point.
+    #[error("the guest did not boot: {0}")]
+    Boot(String),
+    /// Kernel and agent are of another version than this program.
+    #[error("the guest speaks version {guest} of the agreement and this program version {ours}: take the guest that was built with this program", ours = vm_run_abi::VERSION)]
+    Version {
+        /// What the guest said.
+        guest: u64,
+    },
+    /// A file of a template, or of the guest.
+    #[error("{}: {what}: {source}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A template on disk that is not whole or not ours.
+    #[error("template {}: {reason}", path.display())]
+    Template {
+        /// Where.
+        path: PathBuf,
+        /// Why it cannot be used, and what to do.
+        reason: String,
+    },
+    /// The hostname is not one.
+    #[error("{0}")]
+    Hostname(vm_run_abi::identity::Invalid),
+    /// The host's random numbers.
+    #[error("getrandom: {0}")]
+    Random(io::Error),
+    /// A child that did not say that it has its identity: it does not run.
+    #[error("the child did not confirm its identity{0}")]
+    Identity(String),
+    /// The child's guest has died or does not answer.
+    #[error("the virtual machine died: {0}")]
+    Died(String),
+    /// The process could not be started.
+    #[error("{message}")]
+    Start {
+        /// Of what sort.
+        reason: StartFailure,
+        /// The agent's line.
+        message: String,
+    },
+    /// A message that is longer than the agreement allows.
+    #[error("the command line and environment are too long: {bytes} bytes, and {max} is the most")]
+    TooLong {
+        /// How long.
+        bytes: usize,
+        /// How long it may be.
+        max: usize,
+    },
+    /// The call does not fit the child's state.
+    #[error("the child {0}")]
+    State(&'static str),
+}
+
+impl Error {
+    pub(crate) fn io(
+        path: impl Into<PathBuf>,
+        what: &'static str,
+    ) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            path: path.into(),
+            what,
+            source,
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! One VM of KVM: made in the order that is cheap and that KVM allows.
+
+use crate::error::Error;
+use crate::host::Host;
+use crate::layout::{IDENTITY_MAP, TSS};
+use crate::memory::Ram;
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use std::time::Instant;
+
+/// The KVM calls that make a VM; implemented by [`VmFd`], and by a recorder in
+/// tests.
+trait Calls {
+    type Vcpu;
+    fn memory_slot(&self, slot: u32, gpa: u64, hva: u64, len: u64) -> Result<(), Error>;
+    fn identity_map(&self, gpa: u64) -> Result<(), Error>;
+    fn tss(&self, gpa: u64) -> Result<(), Error>;
+    fn irqchip(&self) -> Result<(), Error>;
+    fn vcpu(&self, id: u8) -> Result<Self::Vcpu, Error>;
+}
+
+/// A VM with its memory, interrupt controllers and vCPUs. It holds the memory,
+/// so that a slot never outlives what it points to.
+#[derive(Debug)]
+pub(crate) struct KvmVm {
+    pub(crate) fd: VmFd,
+    pub(crate) ram: Ram,
+    pub(crate) xsave_size: usize,
+}
+
+/// The state of a VM beside its vCPUs and devices.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct KvmVmState {
+    clock: kvm_clock_data,
+    pic: [kvm_irqchip; 2],
+    ioapic: kvm_irqchip,
+}
+
+/// When the parts of a VM were there.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Made {
+    pub(crate) vm: Instant,
+    pub(crate) memory: Instant,
+}
+
+impl KvmVm {
+    /// Makes a VM over the memory that `map` gives.
+    pub(crate) fn new(
+        host: &Host,
+        vcpus: u8,
+        map: impl FnOnce() -> Result<Ram, Error>,
+    ) -> Result<(Self, Vec<VcpuFd>, Made), Error> {
+        let fd = host.kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
+        let vm = Instant::now();
+        let ram = map()?;
+        let (fds, memory) = assemble(&fd, &ram, vcpus)?;
+        let xsave_size = fd.check_extension_int(Cap::Xsave2).max(4096) as usize;
+        let this = Self {
+            fd,
+            ram,
+            xsave_size,
+        };
+        Ok((this, fds, Made { vm, memory }))
+    }
+
+    pub(crate) fn save(&self) -> Result<KvmVmState, Error> {
+        let chip = |chip_id| -> Result<_, Error> {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            self.fd
+                .get_irqchip(&mut chip)
+                .map_err(Error::kvm("KVM_GET_IRQCHIP"))?;
+            Ok(chip)
+        };
+        let mut clock = self.fd.get_clock().map_err(Error::kvm("KVM_GET_CLOCK"))?;
+        // A child goes on at the instant of the freeze: no real time is added,
+        // so no timer storm; its agent sets the wall clock. KVM_SET_CLOCK
+        // refuses the flags that KVM_GET_CLOCK reports (api.rst 4.30).
+        clock.flags = 0;
+        Ok(KvmVmState {
+            clock,
+            pic: [chip(KVM_IRQCHIP_PIC_MASTER)?, chip(KVM_IRQCHIP_PIC_SLAVE)?],
+            ioapic: chip(KVM_IRQCHIP_IOAPIC)?,
+        })
+    }
+
+    /// To be called before any vCPU runs: a clock that is set under a running
+    /// vCPU jumps (cloud-hypervisor#7930).
+    pub(crate) fn restore(&self, state: &KvmVmState) -> Result<(), Error> {
+        self.fd
+            .set_clock(&state.clock)
+            .map_err(Error::kvm("KVM_SET_CLOCK"))?;
+        for chip in state.pic.iter().chain([&state.ioapic]) {
+            self.fd
+                .set_irqchip(chip)
+                .map_err(Error::kvm("KVM_SET_IRQCHIP"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Memory before everything else: a slot that is set after the irqchip waits for
+/// a grace period that the irqchip's bus registrations have begun, 1 to 3 jiffies
+/// (virt/kvm/kvm_main.c, kvm_swap_active_memslots, synchronize_srcu_expedited).
+/// The identity map is refused once there are vCPUs (api.rst 4.78), the irqchip
+/// likewise (4.24). No PIT: it costs a kernel thread, and the guest's timer is
+/// the LAPIC's.
+fn assemble<C: Calls>(vm: &C, ram: &Ram, vcpus: u8) -> Result<(Vec<C::Vcpu>, Instant), Error> {
+    for (slot, (gpa, hva, len)) in (0..).zip(ram.slots()) {
+        vm.memory_slot(slot, gpa, hva, len)?;
+    }
+    let mapped = Instant::now();
+    // What VMX without "unrestricted guest" needs to run real mode; free elsewhere.
+    vm.identity_map(IDENTITY_MAP)?;
+    vm.tss(TSS)?;
+    vm.irqchip()?;
+    let vcpus = (0..vcpus).map(|id| vm.vcpu(id)).collect::<Result<_, _>>()?;
+    Ok((vcpus, mapped))
+}
+
+impl Calls for VmFd {
+    type Vcpu = VcpuFd;
+
+    fn memory_slot(&self, slot: u32, gpa: u64, hva: u64, len: u64) -> Result<(), Error> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: gpa,
+            memory_size: len,
+            userspace_addr: hva,
+        };
+        // SAFETY: the range is a mapping of `Ram`, which hands out `hva` and `len`
+        // of the same region, and `KvmVm` keeps that `Ram` as long as this VM.
+        unsafe { self.set_user_memory_region(region) }
+            .map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))
+    }
+    fn identity_map(&self, gpa: u64) -> Result<(), Error> {
+        self.set_identity_map_address(gpa)
+            .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))
+    }
+    fn tss(&self, gpa: u64) -> Result<(), Error> {
+        self.set_tss_address(gpa as usize)
+            .map_err(Error::kvm("KVM_SET_TSS_ADDR"))
+    }
+    fn irqchip(&self) -> Result<(), Error> {
+        self.create_irq_chip()
+            .map_err(Error::kvm("KVM_CREATE_IRQCHIP"))
+    }
+    fn vcpu(&self, id: u8) -> Result<VcpuFd, Error> {
+        self.create_vcpu(u64::from(id))
+            .map_err(Error::kvm("KVM_CREATE_VCPU"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    #[derive(Default)]
+    struct Recorder(RefCell<Vec<String>>);
+
+    impl Recorder {
+        fn call(&self, text: String) -> Result<(), Error> {
+            self.0.borrow_mut().push(text);
+            Ok(())
+        }
+    }
+
+    impl Calls for Recorder {
+        type Vcpu = u8;
+        fn memory_slot(&self, slot: u32, gpa: u64, _: u64, len: u64) -> Result<(), Error> {
+            self.call(format!("slot {slot} {gpa:#x} {len:#x}"))
+        }
+        fn identity_map(&self, gpa: u64) -> Result<(), Error> {
+            self.call(format!("identity_map {gpa:#x}"))
+        }
+        fn tss(&self, gpa: u64) -> Result<(), Error> {
+            self.call(format!("tss {gpa:#x}"))
+        }
+        fn irqchip(&self) -> Result<(), Error> {
+            self.call("irqchip".into())
+        }
+        fn vcpu(&self, id: u8) -> Result<u8, Error> {
+            self.call(format!("vcpu {id}")).map(|()| id)
+        }
+    }
+
+    #[test]
+    fn memory_comes_before_the_irqchip_and_vcpus_last() {
+        let vm = Recorder::default();
+        let ram = Ram::shared(4 << 30).expect("memory");
+        let (vcpus, _) = assemble(&vm, &ram, 2).expect("nothing fails");
+        assert_eq!(vcpus, [0, 1]);
+        assert_eq!(
+            *vm.0.borrow(),
+            [
+                "slot 0 0x0 0xc0000000",
+                "slot 1 0x100000000 0x40000000",
+                "identity_map 0xfffbc000",
+                "tss 0xfffbd000",
+                "irqchip",
+                "vcpu 0",
+                "vcpu 1",
+            ]
+        );
+    }
+}

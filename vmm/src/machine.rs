@@ -1,0 +1,338 @@
+//! The whole machine, in one place: which devices it has, where they are, and
+//! how they are saved and restored. A device that is not in [`Devices`] and in
+//! [`DevicesState`] does not compile into the machine.
+//!
+//! | device | registers | interrupt |
+//! |---|---|---|
+//! | serial console | ports 0x3f8..0x400 | 4 |
+//! | reset (i8042) | port 0x64 | |
+//! | doorbell | 0xd0000000 | |
+//! | virtio-rng | 0xd0001000 | 5 |
+//! | virtio-vsock | 0xd0002000 | 6 |
+//! | virtio-blk `vda`: the root image, read-only | 0xd0003000 | 7 |
+//! | virtio-blk `vdb`: the writable layer | 0xd0004000 | 8 |
+//!
+//! The disks' slots are part of a template; the files behind them are bound at
+//! the fork.
+
+use crate::error::Error;
+use crate::layout::{SERIAL_IRQ, SERIAL_PORT, VIRTIO_IRQ, VIRTIO_MMIO, VIRTIO_MMIO_SIZE};
+use devices::virtio::VirtioDevice;
+use devices::virtio::block::{Block, BlockState};
+use devices::virtio::mmio::{MmioTransport, TransportState};
+use devices::virtio::rng::{Rng, RngState};
+use devices::virtio::vsock::{Vsock, VsockState};
+use devices::{Console, GuestMemory, MmioDevice, Serial, SerialState, i8042};
+use event_manager::MutEventSubscriber;
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+use vm_run_abi::{PAGE_SIZE, doorbell};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// How many virtio-mmio windows the machine has.
+pub(crate) const VIRTIO_DEVICES: u32 = 4;
+
+/// How large the two disks claim to be, in sectors of 512 bytes. A driver reads
+/// the size when it probes, in the parent, long before a file is bound; reads
+/// behind the file's end give zeroes.
+const DISK_SECTORS: u64 = (1 << 40) / 512;
+
+/// What a running VM tells whoever runs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A vCPU enters the guest for the first time.
+    Entered(Instant),
+    /// The guest is at its fork point, and that vCPU is parked.
+    ForkPoint {
+        /// The guest's version of the agreement.
+        version: u64,
+        /// When the store left the guest.
+        at: Instant,
+    },
+    /// The guest has applied the identity of this generation.
+    IdentityApplied {
+        /// As it read it.
+        generation: u64,
+        /// When the store left the guest.
+        at: Instant,
+    },
+    /// A guest without Linux has answered, and is parked.
+    Answer {
+        /// The value.
+        value: u64,
+        /// When the store left the guest.
+        at: Instant,
+    },
+    /// The guest cannot boot, and says why.
+    BootFailed(String),
+    /// The guest has powered off.
+    PowerOff,
+    /// The guest has reset itself: after a panic, as a rule.
+    Reset,
+    /// The guest did what no guest may, or KVM failed.
+    Failed(String),
+}
+
+/// Where a VM's events go. Called on a vCPU's thread, so it must not wait. A
+/// guest makes at most one event of each kind until it is resumed.
+pub type EventSink = Arc<dyn Fn(Event) + Send + Sync>;
+
+/// The files behind the disks of one VM.
+#[derive(Debug, Default)]
+pub struct Disks {
+    /// The root image; many VMs may share it.
+    pub root: Option<File>,
+    /// The writable layer; no other VM may have it.
+    pub writable: Option<File>,
+}
+
+/// All devices of one VM.
+pub(crate) struct Devices {
+    pub(crate) serial: Arc<Mutex<Serial>>,
+    pub(crate) rng: Arc<Mutex<MmioTransport<Rng>>>,
+    pub(crate) vsock: Arc<Mutex<MmioTransport<Vsock>>>,
+    pub(crate) root: Arc<Mutex<MmioTransport<Block>>>,
+    pub(crate) writable: Arc<Mutex<MmioTransport<Block>>>,
+}
+
+/// A virtio device's state, registers and all.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Virtio<S> {
+    transport: TransportState,
+    device: S,
+}
+
+/// The state of all devices of one VM.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct DevicesState {
+    serial: SerialState,
+    rng: Virtio<RngState>,
+    vsock: Virtio<VsockState>,
+    root: Virtio<BlockState>,
+    writable: Virtio<BlockState>,
+}
+
+impl Default for DevicesState {
+    /// A machine that was just switched on.
+    fn default() -> Self {
+        let disk = |id: &str, read_only| Virtio {
+            transport: TransportState::default(),
+            device: BlockState {
+                capacity_sectors: DISK_SECTORS,
+                read_only,
+                id: id.into(),
+            },
+        };
+        Self {
+            serial: SerialState::default(),
+            rng: Virtio::default(),
+            vsock: Virtio::default(),
+            root: disk("root", true),
+            writable: disk("writable", false),
+        }
+    }
+}
+
+impl Devices {
+    /// Makes all devices in the state `s`, and wires their interrupts.
+    pub(crate) fn restore(
+        s: &DevicesState,
+        vm: &VmFd,
+        memory: &GuestMemory,
+        console: &Console,
+        disks: Disks,
+    ) -> Result<Self, Error> {
+        let irq = |line: u32| -> Result<EventFd, Error> {
+            let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::os("eventfd"))?;
+            vm.register_irqfd(&fd, line)
+                .map_err(Error::kvm("KVM_IRQFD"))?;
+            Ok(fd)
+        };
+        let serial = Serial::restore(irq(SERIAL_IRQ)?, console.clone(), &s.serial)
+            .map_err(refused("the serial port"))?;
+        let root = Block::restore(&s.root.device, disks.root).map_err(refused("the root disk"))?;
+        let writable = Block::restore(&s.writable.device, disks.writable)
+            .map_err(refused("the writable disk"))?;
+        let vsock = Vsock::restore(&s.vsock.device).map_err(refused("vsock"))?;
+        let rng = Rng::restore(&s.rng.device);
+        Ok(Self {
+            serial: Arc::new(Mutex::new(serial)),
+            rng: attach(rng, memory, irq(VIRTIO_IRQ)?, &s.rng.transport)?,
+            vsock: attach(vsock, memory, irq(VIRTIO_IRQ + 1)?, &s.vsock.transport)?,
+            root: attach(root, memory, irq(VIRTIO_IRQ + 2)?, &s.root.transport)?,
+            writable: attach(
+                writable,
+                memory,
+                irq(VIRTIO_IRQ + 3)?,
+                &s.writable.transport,
+            )?,
+        })
+    }
+
+    /// Reads all states. The vCPUs are stopped; holding a device's lock means
+    /// that it is at rest.
+    pub(crate) fn save(&self) -> DevicesState {
+        DevicesState {
+            serial: lock(&self.serial).save(),
+            rng: save(&self.rng),
+            vsock: save(&self.vsock),
+            root: save(&self.root),
+            writable: save(&self.writable),
+        }
+    }
+
+    /// After a restore: has every device look at its queues again.
+    pub(crate) fn kick(&self) {
+        lock(&self.rng).kick();
+        lock(&self.vsock).kick();
+        lock(&self.root).kick();
+        lock(&self.writable).kick();
+    }
+
+    /// In the order of their windows.
+    fn windows(&self) -> [Arc<Mutex<dyn MmioDevice>>; VIRTIO_DEVICES as usize] {
+        [
+            self.rng.clone(),
+            self.vsock.clone(),
+            self.root.clone(),
+            self.writable.clone(),
+        ]
+    }
+
+    /// For the event loop.
+    pub(crate) fn subscribers(&self) -> Vec<Arc<Mutex<dyn MutEventSubscriber + Send>>> {
+        vec![
+            self.rng.clone(),
+            self.vsock.clone(),
+            self.root.clone(),
+            self.writable.clone(),
+        ]
+    }
+}
+
+fn attach<D: VirtioDevice>(
+    device: D,
+    memory: &GuestMemory,
+    irq: EventFd,
+    state: &TransportState,
+) -> Result<Arc<Mutex<MmioTransport<D>>>, Error> {
+    MmioTransport::restore(device, memory.clone(), irq, state)
+        .map(|transport| Arc::new(Mutex::new(transport)))
+        .map_err(refused("a virtio device"))
+}
+
+fn save<D: VirtioDevice>(device: &Mutex<MmioTransport<D>>) -> Virtio<D::State> {
+    let device = lock(device);
+    Virtio {
+        transport: device.save(),
+        device: device.device().save(),
+    }
+}
+
+fn refused<E: std::fmt::Display>(device: &'static str) -> impl FnOnce(E) -> Error {
+    move |e| Error::Device {
+        device,
+        reason: e.to_string(),
+    }
+}
+
+/// A device whose thread has panicked is no worse than the guest can make it.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where the vCPUs' accesses go.
+pub(crate) struct Bus {
+    serial: Arc<Mutex<Serial>>,
+    windows: [Arc<Mutex<dyn MmioDevice>>; VIRTIO_DEVICES as usize],
+    message: Mutex<Vec<u8>>,
+}
+
+impl Bus {
+    pub(crate) fn new(devices: &Devices) -> Self {
+        Self {
+            serial: Arc::clone(&devices.serial),
+            windows: devices.windows(),
+            message: Mutex::default(),
+        }
+    }
+
+    /// The offset into the doorbell page, if `gpa` is in it.
+    pub(crate) fn doorbell_offset(gpa: u64) -> Option<u64> {
+        gpa.checked_sub(doorbell::GPA).filter(|at| *at < PAGE_SIZE)
+    }
+
+    fn window(&self, gpa: u64) -> Option<(MutexGuard<'_, dyn MmioDevice + 'static>, u64)> {
+        let at = gpa.checked_sub(VIRTIO_MMIO)?;
+        let window = self.windows.get((at / VIRTIO_MMIO_SIZE) as usize)?;
+        Some((lock(window), at % VIRTIO_MMIO_SIZE))
+    }
+
+    /// Addresses that nobody answers read as ones, as on a real bus; the
+    /// doorbell reads as zeroes.
+    pub(crate) fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        match self.window(gpa) {
+            Some((mut device, offset)) => {
+                data.fill(0);
+                device.read(offset, data);
+            }
+            None if Self::doorbell_offset(gpa).is_some() => data.fill(0),
+            None => data.fill(0xff),
+        }
+    }
+
+    pub(crate) fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        if let Some((mut device, offset)) = self.window(gpa) {
+            device.write(offset, data);
+        }
+    }
+
+    /// Ports are one byte wide here; KVM gives string output as many bytes for
+    /// one port.
+    pub(crate) fn port_read(&self, port: u16, data: &mut [u8]) {
+        for byte in data {
+            *byte = match serial_offset(port) {
+                Some(offset) => lock(&self.serial).read(offset),
+                None => i8042::read(port).unwrap_or(0xff),
+            };
+        }
+    }
+
+    /// True if the guest asks for a reset.
+    pub(crate) fn port_write(&self, port: u16, data: &[u8]) -> bool {
+        let mut reset = false;
+        for &byte in data {
+            match serial_offset(port) {
+                Some(offset) => lock(&self.serial).write(offset, byte),
+                None => reset |= i8042::is_reset(port, byte),
+            }
+        }
+        reset
+    }
+
+    /// One more byte of the guest's message.
+    pub(crate) fn message(&self, byte: u8) {
+        let mut message = lock(&self.message);
+        if message.len() < doorbell::MESSAGE_MAX {
+            message.push(byte);
+        }
+    }
+
+    /// The guest's message as one printable line.
+    pub(crate) fn take_message(&self) -> String {
+        let bytes = std::mem::take(&mut *lock(&self.message));
+        String::from_utf8_lossy(&bytes)
+            .chars()
+            .map(|c| if c.is_control() { ' ' } else { c })
+            .collect()
+    }
+}
+
+fn serial_offset(port: u16) -> Option<u8> {
+    port.checked_sub(SERIAL_PORT)
+        .filter(|offset| *offset < 8)
+        .map(|offset| offset as u8)
+}
