@@ -1,0 +1,435 @@
+//! The JSON documents of an image: which images an archive holds, what their layers
+//! are, and how their containers start.
+
+use super::archive::{Archive, Opened};
+use super::digest::{Hasher, hex};
+use super::error::{ImageError, Result};
+use super::limits::Limits;
+use super::name::Name;
+use oci_spec::image::{Arch, Descriptor, ImageIndex, ImageManifest, MediaType, Os};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Full image names in an OCI index (containerd, docker save since 25).
+const ANNOTATION_IMAGE_NAME: &str = "io.containerd.image.name";
+/// A full name or only a tag, by the image specification.
+const ANNOTATION_REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// Marks buildkit's attestations, which are no images.
+const ANNOTATION_REFERENCE_TYPE: &str = "vnd.docker.reference.type";
+/// Indexes inside indexes.
+const DEEPEST_INDEX: usize = 4;
+
+/// How a container of an image starts, unless its user says otherwise.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ImageConfig {
+    /// The program and its first arguments.
+    #[serde(rename = "Entrypoint", deserialize_with = "or_default")]
+    pub entrypoint: Vec<String>,
+    /// What follows the entrypoint; a user's command takes its place.
+    #[serde(rename = "Cmd", deserialize_with = "or_default")]
+    pub cmd: Vec<String>,
+    /// `NAME=VALUE`.
+    #[serde(rename = "Env", deserialize_with = "or_default")]
+    pub env: Vec<String>,
+    /// The directory to start in; empty for `/`.
+    #[serde(rename = "WorkingDir", deserialize_with = "or_default")]
+    pub working_dir: String,
+    /// `USER[:GROUP]`, each a name or a number; empty for root.
+    #[serde(rename = "User", deserialize_with = "or_default")]
+    pub user: String,
+    /// The signal that asks it to stop, by name or number; empty for SIGTERM.
+    #[serde(rename = "StopSignal", deserialize_with = "or_default")]
+    pub stop_signal: String,
+    /// Free-form.
+    #[serde(rename = "Labels", deserialize_with = "or_default")]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// An image's configuration: what of it decides anything here.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Configuration {
+    #[serde(default)]
+    architecture: String,
+    #[serde(default)]
+    os: String,
+    /// When the image was made, RFC 3339.
+    #[serde(default)]
+    pub created: Option<String>,
+    /// How its containers start.
+    #[serde(default, deserialize_with = "or_default")]
+    pub config: ImageConfig,
+    rootfs: RootFs,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct RootFs {
+    #[serde(default, deserialize_with = "or_default")]
+    diff_ids: Vec<String>,
+}
+
+/// docker writes `null` where it means nothing.
+fn or_default<'de, D, T>(deserializer: D) -> std::result::Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+impl Configuration {
+    /// Reads a configuration and checks that it can run here.
+    ///
+    /// # Errors
+    /// [`ImageError::Platform`] for another processor or system,
+    /// [`ImageError::Archive`] and [`ImageError::Limit`] for one that is malformed.
+    pub fn parse(bytes: &[u8], limits: &Limits) -> Result<Configuration> {
+        let configuration: Configuration = parse("the image's configuration", bytes)?;
+        if configuration.architecture != "amd64" || configuration.os != "linux" {
+            let part = |text: &str| match text {
+                "" => "unknown".to_owned(),
+                text => text.chars().take(40).flat_map(char::escape_debug).collect(),
+            };
+            let platform = format!(
+                "{}/{}",
+                part(&configuration.os),
+                part(&configuration.architecture)
+            );
+            return Err(ImageError::Platform(platform));
+        }
+        let count = configuration.rootfs.diff_ids.len();
+        if count > limits.layers {
+            return Err(ImageError::Limit(format!(
+                "the image has {count} layers, and {} is the most",
+                limits.layers
+            )));
+        }
+        for diff_id in configuration.diff_ids() {
+            hex(diff_id)?;
+        }
+        Ok(configuration)
+    }
+
+    /// The digests of the layers' uncompressed tars, from the bottom.
+    pub fn diff_ids(&self) -> &[String] {
+        &self.rootfs.diff_ids
+    }
+
+    /// The name of this stack of layers (image-spec, config.md, "Layer ChainID").
+    pub fn chain_id(&self) -> String {
+        let mut layers = self.diff_ids().iter();
+        let Some(first) = layers.next() else {
+            return Hasher::digest(b"");
+        };
+        layers.fold(first.clone(), |chain, layer| {
+            Hasher::digest(format!("{chain} {layer}").as_bytes())
+        })
+    }
+}
+
+/// One image of an archive.
+pub struct Found {
+    /// Names that the archive gives it.
+    pub names: Vec<Name>,
+    /// Its manifest's bytes; `None` in a docker archive, which has none.
+    pub manifest: Option<Vec<u8>>,
+    /// Its configuration's bytes, their digest checked.
+    pub config: Vec<u8>,
+    /// Its layers, from the bottom.
+    pub layers: Vec<FoundLayer>,
+}
+
+/// A layer's place in the archive.
+pub struct FoundLayer {
+    member: String,
+    /// The blob's digest, where the archive declares one.
+    pub digest: Option<String>,
+}
+
+impl FoundLayer {
+    /// Opens the blob.
+    ///
+    /// # Errors
+    /// [`ImageError::Archive`] when it is not in the archive.
+    pub fn open(&self, archive: &Archive) -> Result<Opened> {
+        archive
+            .member(&self.member)?
+            .ok_or_else(|| missing(&self.member))
+    }
+}
+
+/// An entry of a docker archive's manifest.json.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct DockerImage {
+    config: String,
+    #[serde(default, deserialize_with = "or_default")]
+    repo_tags: Vec<String>,
+    #[serde(default, deserialize_with = "or_default")]
+    layers: Vec<String>,
+}
+
+/// The images of an archive that can run here.
+///
+/// # Errors
+/// [`ImageError`] when there is none, or a document is missing or malformed.
+pub fn find(archive: &Archive, limits: &Limits) -> Result<Vec<Found>> {
+    let docker = archive.document("manifest.json", limits.json)?;
+    let docker: Vec<DockerImage> =
+        docker.map_or(Ok(Vec::new()), |bytes| parse("manifest.json", &bytes))?;
+    let index = archive.document("index.json", limits.json)?;
+    if docker.len() > limits.images {
+        return Err(ImageError::Limit(format!(
+            "the archive has more than {} images",
+            limits.images
+        )));
+    }
+    match index {
+        // docker 25 writes both; the OCI one has the true manifests.
+        Some(bytes) => find_oci(archive, &bytes, &docker, limits),
+        None if docker.is_empty() => Err(ImageError::Archive(
+            "it has neither a manifest.json (docker save) nor an index.json (OCI layout)"
+                .to_owned(),
+        )),
+        None => docker
+            .iter()
+            .map(|image| find_docker(archive, image, limits))
+            .collect(),
+    }
+}
+
+fn find_docker(archive: &Archive, image: &DockerImage, limits: &Limits) -> Result<Found> {
+    if image.layers.len() > limits.layers {
+        return Err(ImageError::Limit(format!(
+            "the image has {} layers, and {} is the most",
+            image.layers.len(),
+            limits.layers
+        )));
+    }
+    let config = archive
+        .document(&image.config, limits.json)?
+        .ok_or_else(|| missing(&image.config))?;
+    let layers = image
+        .layers
+        .iter()
+        .map(|member| FoundLayer {
+            member: member.clone(),
+            digest: None,
+        })
+        .collect();
+    // The configuration's file is named by its digest: `HEX.json` or `blobs/sha256/HEX`.
+    let stem = image.config.rsplit('/').next().unwrap_or_default();
+    let declared = format!("sha256:{}", stem.trim_end_matches(".json"));
+    if hex(&declared).is_ok() {
+        Hasher::check(
+            "the image's configuration",
+            &declared,
+            &Hasher::digest(&config),
+        )?;
+    }
+    Ok(Found {
+        names: names(&image.repo_tags)?,
+        manifest: None,
+        config,
+        layers,
+    })
+}
+
+fn find_oci(
+    archive: &Archive,
+    index: &[u8],
+    docker: &[DockerImage],
+    limits: &Limits,
+) -> Result<Vec<Found>> {
+    let index: ImageIndex = parse("index.json", index)?;
+    let mut found: Vec<Found> = Vec::new();
+    let mut elsewhere = None;
+    if index.manifests().len() > limits.images {
+        return Err(ImageError::Limit(format!(
+            "the archive has more than {} images",
+            limits.images
+        )));
+    }
+    for descriptor in index.manifests() {
+        let manifest = match choose(archive, descriptor, limits, DEEPEST_INDEX) {
+            Ok(Some(manifest)) => manifest,
+            Ok(None) => continue,
+            Err(ImageError::Platform(platform)) => {
+                elsewhere = Some(platform);
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let mut image = match manifest_to_found(archive, manifest, limits) {
+            Err(ImageError::Platform(platform)) => {
+                elsewhere = Some(platform);
+                continue;
+            }
+            other => other?,
+        };
+        image.names = oci_names(descriptor)?;
+        if image.names.is_empty() {
+            let config = Hasher::digest(&image.config);
+            let same =
+                |image: &&DockerImage| hex(&config).is_ok_and(|hex| image.config.contains(hex));
+            image.names = names(
+                docker
+                    .iter()
+                    .find(same)
+                    .map_or(&[], |image| image.repo_tags.as_slice()),
+            )?;
+        }
+        match found
+            .iter_mut()
+            .find(|other| other.manifest == image.manifest)
+        {
+            Some(other) => other.names.append(&mut image.names),
+            None => found.push(image),
+        }
+    }
+    match (found.is_empty(), elsewhere) {
+        (false, _) => Ok(found),
+        (true, Some(platform)) => Err(ImageError::Platform(platform)),
+        (true, None) => Err(ImageError::Archive(
+            "its index.json names no image".to_owned(),
+        )),
+    }
+}
+
+/// The manifest that a descriptor leads to, through indexes to linux/amd64; `None`
+/// for what is no image.
+fn choose(
+    archive: &Archive,
+    descriptor: &Descriptor,
+    limits: &Limits,
+    depth: usize,
+) -> Result<Option<Vec<u8>>> {
+    if annotation(descriptor, ANNOTATION_REFERENCE_TYPE).is_some() {
+        return Ok(None);
+    }
+    if let Some(platform) = descriptor.platform()
+        && (*platform.os() != Os::Linux || *platform.architecture() != Arch::Amd64)
+    {
+        return Err(ImageError::Platform(format!(
+            "{}/{}",
+            platform.os(),
+            platform.architecture()
+        )));
+    }
+    let bytes = blob(archive, descriptor, limits)?;
+    let is_index = *descriptor.media_type() == MediaType::ImageIndex
+        || descriptor.media_type().as_ref()
+            == "application/vnd.docker.distribution.manifest.list.v2+json";
+    if !is_index {
+        return Ok(Some(bytes));
+    }
+    if depth == 0 {
+        return Err(ImageError::Limit(
+            "an image index too deep in others".to_owned(),
+        ));
+    }
+    let index: ImageIndex = parse("an image index", &bytes)?;
+    let mut platforms = Vec::new();
+    for inner in index.manifests() {
+        match choose(archive, inner, limits, depth - 1) {
+            Ok(Some(manifest)) => return Ok(Some(manifest)),
+            Ok(None) => {}
+            Err(ImageError::Platform(platform)) => platforms.push(platform),
+            Err(error) => return Err(error),
+        }
+    }
+    platforms.truncate(8);
+    Err(ImageError::Platform(platforms.join(", ")))
+}
+
+fn manifest_to_found(archive: &Archive, bytes: Vec<u8>, limits: &Limits) -> Result<Found> {
+    let manifest: ImageManifest = parse("an image manifest", &bytes)?;
+    if manifest.layers().len() > limits.layers {
+        return Err(ImageError::Limit(format!(
+            "the image has {} layers, and {} is the most",
+            manifest.layers().len(),
+            limits.layers
+        )));
+    }
+    let config = blob(archive, manifest.config(), limits)?;
+    // Refuse another platform before looking at the layers, which may not be there.
+    Configuration::parse(&config, limits)?;
+    let layers = manifest
+        .layers()
+        .iter()
+        .map(|layer| {
+            let digest = layer.digest().to_string();
+            Ok(FoundLayer {
+                member: format!("blobs/sha256/{}", hex(&digest)?),
+                digest: Some(digest),
+            })
+        })
+        .collect::<Result<_>>()?;
+    Ok(Found {
+        names: Vec::new(),
+        manifest: Some(bytes),
+        config,
+        layers,
+    })
+}
+
+/// A document of an OCI layout, its digest and size checked.
+fn blob(archive: &Archive, descriptor: &Descriptor, limits: &Limits) -> Result<Vec<u8>> {
+    let digest = descriptor.digest().to_string();
+    let member = format!("blobs/sha256/{}", hex(&digest)?);
+    let bytes = archive
+        .document(&member, limits.json)?
+        .ok_or_else(|| missing(&member))?;
+    Hasher::check(&member, &digest, &Hasher::digest(&bytes))?;
+    if bytes.len() as u64 != descriptor.size() {
+        return Err(ImageError::Archive(format!(
+            "{member} has another size than its descriptor says"
+        )));
+    }
+    Ok(bytes)
+}
+
+fn annotation<'a>(descriptor: &'a Descriptor, key: &str) -> Option<&'a str> {
+    descriptor
+        .annotations()
+        .as_ref()?
+        .get(key)
+        .map(String::as_str)
+}
+
+/// A descriptor's names. A bare tag names no repository and so no image.
+fn oci_names(descriptor: &Descriptor) -> Result<Vec<Name>> {
+    let name = annotation(descriptor, ANNOTATION_IMAGE_NAME).or_else(|| {
+        annotation(descriptor, ANNOTATION_REF_NAME).filter(|name| name.contains([':', '/']))
+    });
+    name.map(Name::parse).into_iter().collect()
+}
+
+fn names(tags: &[String]) -> Result<Vec<Name>> {
+    tags.iter().map(|tag| Name::parse(tag)).collect()
+}
+
+fn missing(member: &str) -> ImageError {
+    let shown: String = member
+        .chars()
+        .take(160)
+        .flat_map(char::escape_debug)
+        .collect();
+    ImageError::Archive(format!("{shown} is missing (is it cut off?)"))
+}
+
+/// Reads a JSON document that an image brought.
+///
+/// # Errors
+/// [`ImageError::Archive`] with the place of the first mistake.
+pub fn parse<'a, T: Deserialize<'a>>(what: &str, bytes: &'a [u8]) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|error| {
+        let reason: String = error
+            .to_string()
+            .chars()
+            .take(200)
+            .flat_map(char::escape_debug)
+            .collect();
+        ImageError::Archive(format!("{what}: {reason}"))
+    })
+}

@@ -1,0 +1,112 @@
+//! What can be wrong with an image, a name or the store.
+
+use std::io;
+
+/// Why an image could not be loaded, found or removed. Each message is one line;
+/// the cause, where there is one, is the source.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The store has no image of this name or id.
+    #[error("no such image: {0} (load it with `vm-run image load`)")]
+    NoSuchImage(String),
+    /// An id prefix fits several images.
+    #[error("{0} is the beginning of more than one image id: give more of it")]
+    Ambiguous(String),
+    /// A name that the reference grammar does not allow.
+    #[error("{name:?} is not an image name: {reason}")]
+    BadName {
+        /// The name as given.
+        name: String,
+        /// The rule that it breaks.
+        reason: &'static str,
+    },
+    /// The image is for another operating system or processor.
+    #[error("the image is for {0}, and only linux/amd64 runs here")]
+    Platform(String),
+    /// The input is no image archive, or one whose documents contradict each other.
+    #[error("not a usable image archive: {0}")]
+    Archive(String),
+    /// A blob's content is not what its digest says.
+    #[error("{what}: the digest should be {expected}, but the content has {found}")]
+    Digest {
+        /// The blob.
+        what: String,
+        /// As declared.
+        expected: String,
+        /// As computed.
+        found: String,
+    },
+    /// The tar stream is cut, corrupt or of an unknown kind.
+    #[error("corrupt or truncated tar: {0}")]
+    Tar(String),
+    /// An entry that must not or cannot be put in a root file system.
+    #[error("entry {entry}: {reason}")]
+    Entry {
+        /// The entry's path, made printable.
+        entry: String,
+        /// Why it is refused.
+        reason: String,
+    },
+    /// Over one of the [`Limits`](super::limits::Limits).
+    #[error("refused: {0}")]
+    Limit(String),
+    /// A file changed while an image was made of it.
+    #[error("{0} changed while it was read: try again")]
+    Changed(String),
+    /// The store's own files are not as this program left them.
+    #[error("the image store is damaged: {0}")]
+    Store(String),
+    /// An operation on a file failed.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried, and on which file.
+        what: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The result of the image code.
+pub type Result<T, E = ImageError> = std::result::Result<T, E>;
+
+/// Names what was tried when the system says no.
+pub trait Context<T> {
+    /// Turns the error into [`ImageError::Io`], or back into the image error that
+    /// travelled inside it.
+    fn context(self, what: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T> Context<T> for io::Result<T> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|source| match source.downcast::<ImageError>() {
+            Ok(inner) => inner,
+            Err(source) => ImageError::Io {
+                what: what(),
+                source,
+            },
+        })
+    }
+}
+
+impl From<ImageError> for io::Error {
+    /// Lets an error cross a `Read` or `Write`; [`Context::context`] takes it out again.
+    fn from(error: ImageError) -> Self {
+        io::Error::other(error)
+    }
+}
+
+/// A name from an archive, made fit for one line of a terminal.
+pub fn printable(name: &[u8]) -> String {
+    const LONGEST: usize = 160;
+    let text = String::from_utf8_lossy(name);
+    let mut shown: String = text
+        .chars()
+        .take(LONGEST)
+        .flat_map(char::escape_debug)
+        .collect();
+    if text.chars().nth(LONGEST).is_some() {
+        shown.push_str("...");
+    }
+    shown
+}

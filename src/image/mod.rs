@@ -1,0 +1,36 @@
+//! Container images: read, merged, written as one read-only file system, and kept.
+//!
+//! ```text
+//! archive   docker-archive or OCI layout: members by name      (tarball reads tar)
+//! documents manifest, index, configuration                     -> which layers
+//! layer     decompress, check digests, and merge               -> tree
+//! tree      names and metadata in memory; contents stay put    (hostdir: from a directory)
+//! erofs     tree -> file system image
+//! store     blobs, names, images; shared by processes
+//! ```
+//!
+//! An archive is a stranger's: every size, count and depth in it is held against
+//! [`limits::Limits`], every digest is checked, and no path in it is ever used on
+//! the host's file system.
+
+mod archive;
+pub mod cli;
+mod content;
+mod digest;
+mod documents;
+mod erofs;
+mod error;
+mod hostdir;
+mod index;
+mod layer;
+mod limits;
+mod merge;
+mod name;
+mod store;
+mod tarball;
+mod tree;
+
+pub use archive::Input;
+pub use documents::ImageConfig;
+pub use error::ImageError;
+pub use store::{Image, ImageSummary, Loaded, Removed, Store, rootfs_from_dir};
