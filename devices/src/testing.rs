@@ -257,7 +257,14 @@ impl<D: VirtioDevice> FakeGuest<D> {
                 flags |= flag::NEXT;
             }
             let at = q.desc + 16 * u64::from(index);
-            write_descriptor(&self.memory, at, address, len as u32, flags, next.unwrap_or(0));
+            write_descriptor(
+                &self.memory,
+                at,
+                address,
+                len as u32,
+                flags,
+                next.unwrap_or(0),
+            );
         }
         let head = indices[0];
         q.chains.insert(head, indices);
@@ -349,7 +356,10 @@ impl<D: VirtioDevice> FakeGuest<D> {
                 let start = data.len();
                 data.resize(start + len, 0);
                 self.memory
-                    .read_slice(&mut data[start..], GuestAddress(buffer_address(queue, index)))
+                    .read_slice(
+                        &mut data[start..],
+                        GuestAddress(buffer_address(queue, index)),
+                    )
                     .expect("buffer");
             }
         }

@@ -199,7 +199,7 @@ impl Block {
     fn range(&self, sector: u64, len: u64) -> Result<u64, Failure> {
         let sectors = len / SECTOR_SIZE;
         let end = sector.checked_add(sectors).ok_or(Failure::Refused)?;
-        if len % SECTOR_SIZE != 0 || end > self.state.capacity_sectors {
+        if !len.is_multiple_of(SECTOR_SIZE) || end > self.state.capacity_sectors {
             return Err(Failure::Refused);
         }
         Ok(sector * SECTOR_SIZE)
@@ -265,7 +265,9 @@ impl Block {
     fn discard(&self, kind: u32, buffers: &mut Buffers<'_>) -> Result<(), Failure> {
         let backing = self.writable()?;
         let count = buffers.len() / SEGMENT_SIZE;
-        if count == 0 || count > DISCARD_SEGMENTS_MAX as usize || buffers.len() % SEGMENT_SIZE != 0
+        if count == 0
+            || count > DISCARD_SEGMENTS_MAX as usize
+            || !buffers.len().is_multiple_of(SEGMENT_SIZE)
         {
             return Err(Failure::Refused);
         }

@@ -15,11 +15,11 @@ fn descriptor(memory: &GuestMemory, at: u64, address: u64, len: u32, flags: u16,
     memory.write_slice(&raw, GuestAddress(at)).unwrap();
 }
 
+/// Address, length, flags, next.
+type Raw = (u64, u32, u16, u16);
+
 /// Parses the chain whose first descriptors are those given, in order.
-fn parse<'m>(
-    memory: &'m GuestMemory,
-    descriptors: &[(u64, u32, u16, u16)],
-) -> Result<Chain<'m>, ChainError> {
+fn parse<'m>(memory: &'m GuestMemory, descriptors: &[Raw]) -> Result<Chain<'m>, ChainError> {
     for (index, &(address, len, flags, next)) in descriptors.iter().enumerate() {
         let at = TABLE + 16 * index as u64;
         descriptor(memory, at, address, len, flags, next);
@@ -55,10 +55,7 @@ fn a_chain_of_both_directions() {
         Err(ChainError::TooShort)
     );
     assert_eq!(chain.writable.len(), 4);
-    assert_eq!(
-        chain.writable.write_all(&[0; 5]),
-        Err(ChainError::TooShort)
-    );
+    assert_eq!(chain.writable.write_all(&[0; 5]), Err(ChainError::TooShort));
     chain.writable.write_all(&[1, 2, 3, 4]).unwrap();
     assert!(chain.writable.is_empty());
     let written: [u8; 4] = memory.read_obj(GuestAddress(0x9000)).unwrap();
@@ -69,7 +66,7 @@ fn a_chain_of_both_directions() {
 fn broken_chains() {
     let memory = testing::memory();
     let end = testing::MEMORY_SIZE as u64;
-    let cases: &[(&[(u64, u32, u16, u16)], ChainError)] = &[
+    let cases: &[(&[Raw], ChainError)] = &[
         // A loop.
         (&[(0x8000, 1, flag::NEXT, 0)], ChainError::TooLong),
         // An index outside the table.
@@ -81,10 +78,7 @@ fn broken_chains() {
         (&[(0x8000, u32::MAX, flag::WRITE, 0)], ChainError::Address),
         // Readable after writable.
         (
-            &[
-                (0x8000, 1, flag::NEXT | flag::WRITE, 1),
-                (0x8000, 1, 0, 0),
-            ],
+            &[(0x8000, 1, flag::NEXT | flag::WRITE, 1), (0x8000, 1, 0, 0)],
             ChainError::Order,
         ),
         // Indirect tables: outside memory, of no whole number of entries, empty.

@@ -85,7 +85,10 @@ fn features_are_settled_once() {
     let guest = rng();
     guest.write(register::DRIVER_FEATURES_SEL, 0);
     guest.write(register::DRIVER_FEATURES, 0);
-    assert_ne!(guest.device().save().driver_features & feature::EVENT_IDX, 0);
+    assert_ne!(
+        guest.device().save().driver_features & feature::EVENT_IDX,
+        0
+    );
 }
 
 #[test]
@@ -242,7 +245,7 @@ fn queues_that_cannot_be_are_refused() {
         (64, 0x1008, 0x2000, 0x3000),
         (64, 0x1000, 0x2001, 0x3000),
         (64, 0x1000, 0x2000, 0x3002),
-        (64, u64::MAX & !0xf, 0x2000, 0x3000),
+        (64, !0xf, 0x2000, 0x3000),
         (64, 0x1000, 0x2000, testing::MEMORY_SIZE as u64 - 8),
     ];
     for (size, desc, driver, device) in cases {

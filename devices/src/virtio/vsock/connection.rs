@@ -67,6 +67,9 @@ pub(super) struct Connection {
     buffer: VecDeque<u8>,
     /// The host takes no more.
     host_closed: bool,
+    /// The host was told that no more comes. Once: each time is an event of the
+    /// stream, which would lead here again.
+    finished: bool,
     forwarded: Wrapping<u32>,
     /// `forwarded` as the guest last heard of it.
     announced: Wrapping<u32>,
@@ -94,6 +97,7 @@ impl Connection {
             credit_requested: false,
             buffer: VecDeque::new(),
             host_closed: false,
+            finished: false,
             forwarded: Wrapping(0),
             announced: Wrapping(0),
             credit_due: false,
@@ -303,7 +307,11 @@ impl Connection {
     fn flush(&mut self) {
         while !self.buffer.is_empty() && !self.host_closed {
             let (front, _) = self.buffer.as_slices();
-            match send(&self.stream, front, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            match send(
+                &self.stream,
+                front,
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+            ) {
                 Ok(count) => {
                     self.buffer.drain(..count);
                     self.count_forwarded(count);
@@ -329,7 +337,9 @@ impl Connection {
 
     /// The guest sends no more and the host has it all: end of file for the host.
     fn finish_sending(&mut self) {
-        if self.guest_shutdown & shutdown::SEND != 0 && self.buffer.is_empty() {
+        let all_sent = self.guest_shutdown & shutdown::SEND != 0 && self.buffer.is_empty();
+        if all_sent && !self.finished {
+            self.finished = true;
             self.shut(Shutdown::Write);
         }
     }
