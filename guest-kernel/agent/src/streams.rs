@@ -196,10 +196,7 @@ mod tests {
         let (reader, writer) = pipe_with(PipeFlags::NONBLOCK).unwrap();
         let mut link = Link::output(reader, agent);
         let mut sent = 0;
-        loop {
-            let Ok(n) = write(&writer, &[7; 4096]) else {
-                break;
-            };
+        while let Ok(n) = write(&writer, &[7; 4096]) {
             sent += n;
             while link.turn() == Turn::More {}
         }

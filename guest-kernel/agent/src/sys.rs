@@ -93,13 +93,24 @@ pub fn child_signals() -> io::Result<OwnedFd> {
 /// expects them. (Rust's start code ignores SIGPIPE, and ignored stays ignored
 /// through an exec.)
 pub fn reset_signals() -> io::Result<()> {
+    // `struct kernel_sigaction`, all zero: SIG_DFL, no flags, nothing masked. The
+    // C library's own call refuses the two signals that it keeps for itself.
+    let default = [0_u64; 4];
     for signal in 1..=libc::SIGRTMAX() {
-        if signal != libc::SIGKILL && signal != libc::SIGSTOP {
-            // The C library keeps two for itself and refuses them; they are
-            // at their defaults.
-            // SAFETY: SIG_DFL installs no handler.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        if signal == libc::SIGKILL || signal == libc::SIGSTOP {
+            continue;
         }
+        // SAFETY: the kernel reads 32 bytes, and installs no handler.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                ptr::null_mut::<u64>(),
+                size_of::<u64>(),
+            )
+        };
+        check(result as libc::c_int)?;
     }
     // SAFETY: sigset_t is plain integers; all zero is the empty set on Linux.
     let none: libc::sigset_t = unsafe { zeroed() };
