@@ -3,6 +3,7 @@
 
 mod agent;
 mod host;
+mod images;
 mod kernel;
 mod vmhost;
 
@@ -20,6 +21,8 @@ struct Args {
 enum Task {
     /// Build the guest's agent and pack it as an initramfs (cached by content)
     Agent(agent::Args),
+    /// Make the demo's images from Debian packages (cached by content)
+    Images,
     /// Build the guest kernel (cached by content)
     Kernel(kernel::Args),
     /// Run a command where KVM can run Linux: here, or on an emulated host
@@ -29,6 +32,7 @@ enum Task {
 fn main() -> Result<()> {
     match Args::parse().task {
         Task::Agent(args) => agent::run(&args),
+        Task::Images => images::run(),
         Task::Kernel(args) => kernel::run(&args),
         Task::Vmhost(args) => vmhost::run(&args),
     }
