@@ -14,15 +14,20 @@ mod modules;
 mod request;
 
 use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, IsTerminal};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 /// What docker, env(1) and timeout(1) exit with when they themselves fail.
 const OWN_FAILURE: i32 = 125;
+/// What timeout(1) exits with when it ends the command.
+const TIMED_OUT: u8 = 124;
 
 /// `cargo xtask vmhost -- CMD`
 #[derive(clap::Args)]
@@ -199,21 +204,48 @@ fn run_here(argv: &[OsString], options: &Options) -> Result<u8> {
     let [program, arguments @ ..] = argv else {
         bail!("no command given");
     };
-    // setpriv and timeout end the command with us and in time, as on the emulated host.
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--"]);
-    if let Some(limit) = options.timeout {
-        command.args(["timeout", "--foreground", "--signal=KILL", "--verbose"]);
-        command.arg(format!("{}", limit.as_secs_f64()));
-    }
-    command.arg(program).args(arguments);
+    command
+        .args(["--pdeathsig", "KILL", "--"])
+        .arg(program)
+        .args(arguments);
     if options.stdin == Stdin::Null {
         command.stdin(Stdio::null());
     }
-    let status = command
-        .status()
+    let mut child = command
+        .spawn()
         .context("cannot start setpriv (package util-linux)")?;
+    if let Some(limit) = options.timeout
+        && !ends_within(&child, limit)?
+    {
+        child.kill().context("cannot kill the command")?;
+        child.wait().context("cannot wait for the command")?;
+        return Ok(timed_out(limit));
+    }
+    let status = child.wait().context("cannot wait for the command")?;
     shell_status(status).with_context(|| format!("{}: {status}", program.display()))
+}
+
+/// Waits until the child has ended (true, and it is not reaped yet) or the time is over.
+fn ends_within(child: &Child, limit: Duration) -> Result<bool> {
+    let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())
+        .context("cannot watch the command")?;
+    let started = Instant::now();
+    loop {
+        let left = limit.saturating_sub(started.elapsed());
+        let timeout = Timespec::try_from(left).context("the timeout is too long")?;
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context("cannot watch the command"),
+        }
+    }
+}
+
+/// Says that the time is over; returns what to exit with.
+fn timed_out(limit: Duration) -> u8 {
+    eprintln!("vmhost: killed after {} s", limit.as_secs_f64());
+    TIMED_OUT
 }
 
 /// A status as a shell's `$?` has it.

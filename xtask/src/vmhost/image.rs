@@ -6,10 +6,11 @@ use crate::host;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-/// Part of every key: raised when what is made of the same packages changes.
-const RECIPE: &[u8] = b"1";
+/// Parts of the keys: raised when what is made of the same inputs changes.
+const KERNEL_RECIPE: &[u8] = b"1";
+const INITRAMFS_RECIPE: &[u8] = b"2";
 
 /// The packages that the emulated host is made of and runs on.
 const PACKAGES: &[&str] = &[
@@ -20,14 +21,7 @@ const PACKAGES: &[&str] = &[
     "zstd",
 ];
 /// What those packages bring, by which their presence is seen faster than dpkg says it.
-const PROGRAMS: &[&str] = &[
-    "qemu-system-x86_64",
-    "busybox",
-    "depmod",
-    "xz",
-    "zstd",
-    "setpriv",
-];
+const PROGRAMS: &[&str] = &["qemu-system-x86_64", "busybox", "depmod", "xz", "zstd"];
 
 /// Loaded at boot. All others are loaded by modprobe or by the kernel at first use.
 const MODULES: &[&str] = &[
@@ -57,8 +51,9 @@ impl Image {
     /// Finds the image in the cache, or makes it: installs packages, downloads the
     /// kernel. Processes that need it at the same time wait for the first.
     pub fn prepare(kernel: HostKernel) -> Result<Image> {
-        let cache = host::cache_dir()?;
-        let lock_path = cache.join("vmhost.lock");
+        let cache = host::cache_dir()?.join("vmhost");
+        fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+        let lock_path = cache.join("lock");
         let lock = fs::File::create(&lock_path)
             .with_context(|| format!("cannot open {}", lock_path.display()))?;
         lock.lock()
@@ -67,25 +62,23 @@ impl Image {
         install_programs()?;
         let package = kernel.package();
         let tree = cache.join(format!(
-            "vmhost-linux-{}-{}",
+            "linux-{}-{}",
             kernel.name(),
-            host::key(&[RECIPE, package.as_bytes()])
+            host::key(&[KERNEL_RECIPE, package.as_bytes()])
         ));
         make_once(&tree, |beside| unpack_kernel(package, beside))?;
         let release = release(&tree)?;
         let initramfs_key = host::key(&[
+            INITRAMFS_RECIPE,
             tree.as_os_str().as_encoded_bytes(),
             release.as_bytes(),
             INIT.as_bytes(),
             SESSION.as_bytes(),
             MODULES.join(" ").as_bytes(),
         ]);
-        let initramfs = cache.join(format!(
-            "vmhost-initramfs-{}-{initramfs_key}",
-            kernel.name()
-        ));
+        let initramfs = cache.join(format!("initramfs-{}-{initramfs_key}", kernel.name()));
         make_once(&initramfs, |beside| {
-            let archive = initramfs_archive(&tree.join("lib/modules").join(&release))?;
+            let archive = initramfs_archive(&tree, &release)?;
             fs::write(beside, archive).with_context(|| format!("cannot write {}", beside.display()))
         })?;
         Ok(Image {
@@ -102,7 +95,9 @@ fn make_once(target: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()
     if target.exists() {
         return Ok(());
     }
-    let beside = target.with_extension("part");
+    let mut beside = target.as_os_str().to_owned();
+    beside.push(".part");
+    let beside = PathBuf::from(beside);
     if beside.is_dir() {
         // Left by a process that was killed.
         fs::remove_dir_all(&beside)
@@ -139,29 +134,29 @@ fn find_program(name: &str) -> Option<PathBuf> {
 }
 
 /// Downloads the kernel that `package` (a meta package) stands for and unpacks it into
-/// `tree`, with depmod's files and the uncompressed kernel.
+/// `tree`, with depmod's files, the uncompressed kernel and this machine's busybox.
 fn unpack_kernel(package: &str, tree: &Path) -> Result<()> {
     eprintln!("vmhost: fetching and unpacking the kernel of {package} (once)");
     fs::create_dir_all(tree).with_context(|| format!("cannot make {}", tree.display()))?;
-    let real = match real_package(package)? {
-        Some(real) => real,
-        None => {
-            // A machine that has never fetched the package lists.
-            host::run(Command::new("apt-get").args(["-qq", "update"]))?;
-            real_package(package)?
-                .with_context(|| format!("Debian's package lists have no {package}"))?
+    let deb = match download_kernel(package, tree) {
+        Ok(deb) => deb,
+        Err(error) => {
+            // apt's lists may be absent, or older than what the archive still has.
+            eprintln!("vmhost: {error:#}; trying again with new package lists");
+            host::run(
+                Command::new("apt-get")
+                    .args(["-qq", "update"])
+                    .stdout(Stdio::null()),
+            )?;
+            download_kernel(package, tree)?
         }
     };
-    host::run(
-        Command::new("apt-get")
-            // As root: the sandboxed user cannot write where we are.
-            .args(["-qq", "-o", "APT::Sandbox::User=root", "download", &real])
-            .current_dir(tree),
-    )?;
-    let deb = find_entry(tree, "linux-image-")?;
     host::run(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(tree))?;
     fs::remove_file(&deb).with_context(|| format!("cannot remove {}", deb.display()))?;
 
+    let busybox = find_program("busybox").context("busybox is missing (package busybox-static)")?;
+    fs::copy(&busybox, tree.join("busybox"))
+        .with_context(|| format!("cannot copy {}", busybox.display()))?;
     let release = release(tree)?;
     let depmod = find_program("depmod").context("depmod is missing (package kmod)")?;
     host::run(Command::new(depmod).arg("-b").arg(tree).arg(&release))?;
@@ -171,20 +166,37 @@ fn unpack_kernel(package: &str, tree: &Path) -> Result<()> {
     decompress_payload(bzimage_payload(&bzimage)?, tree)
 }
 
-/// The versioned package that the meta package depends on, if apt knows it.
-fn real_package(meta: &str) -> Result<Option<String>> {
-    // apt-cache says so on stderr and fails when it knows no such package.
+/// Downloads the package that `meta` depends on into `tree`; returns its file.
+fn download_kernel(meta: &str, tree: &Path) -> Result<PathBuf> {
+    let real = real_package(meta)?;
+    host::run(
+        Command::new("apt-get")
+            // As root: the sandboxed user cannot write where we are.
+            .args(["-qq", "-o", "APT::Sandbox::User=root", "download", &real])
+            .current_dir(tree)
+            .stdout(Stdio::null()),
+    )?;
+    find_entry(tree, "linux-image-")
+}
+
+/// The versioned package that the meta package depends on.
+fn real_package(meta: &str) -> Result<String> {
     let out = Command::new("apt-cache")
         .args(["depends", meta])
         .env("LC_ALL", "C")
         .output()
         .context("cannot start apt-cache; the emulated host is made of Debian's packages")?;
-    let text = String::from_utf8_lossy(&out.stdout);
-    Ok(text
+    real_package_of(&String::from_utf8_lossy(&out.stdout))
+        .map(str::to_owned)
+        .with_context(|| format!("apt knows no package {meta}"))
+}
+
+/// The kernel image in what `apt-cache depends` prints of a meta package.
+fn real_package_of(depends: &str) -> Option<&str> {
+    depends
         .lines()
         .filter_map(|line| line.trim().strip_prefix("Depends: "))
         .find(|name| name.starts_with("linux-image-"))
-        .map(str::to_owned))
 }
 
 /// The kernel release in an unpacked kernel package: the one folder of its `lib/modules`.
@@ -254,9 +266,9 @@ fn decompress_payload(payload: &[u8], tree: &Path) -> Result<()> {
     fs::remove_file(&compressed).with_context(|| format!("cannot remove {}", compressed.display()))
 }
 
-/// The initramfs with busybox, the scripts and the modules of `module_tree`, these
-/// decompressed.
-fn initramfs_archive(module_tree: &Path) -> Result<Vec<u8>> {
+/// The initramfs with the busybox of `tree`, the scripts and the kernel's modules.
+fn initramfs_archive(tree: &Path, release: &str) -> Result<Vec<u8>> {
+    let module_tree = tree.join("lib/modules").join(release);
     let read = |path: &Path| {
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
     };
@@ -265,7 +277,7 @@ fn initramfs_archive(module_tree: &Path) -> Result<Vec<u8>> {
 
     let mut archive = cpio::Archive::default();
     archive.directory("bin");
-    let busybox = find_program("busybox").context("busybox is missing (package busybox-static)")?;
+    let busybox = tree.join("busybox");
     let contents =
         fs::read(&busybox).with_context(|| format!("cannot read {}", busybox.display()))?;
     archive.file("bin/busybox", 0o755, &contents);
@@ -284,9 +296,10 @@ fn initramfs_archive(module_tree: &Path) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// A module's file, decompressed if its name says that it is compressed.
+/// A module as the initramfs has it: decompressed, and without its signature, since
+/// verifying the signatures takes half of the modules' loading time under emulation.
 fn read_module(path: &Path) -> Result<Vec<u8>> {
-    if path.extension().is_some_and(|extension| extension == "xz") {
+    let mut module = if path.extension().is_some_and(|extension| extension == "xz") {
         let out = Command::new("xz")
             .arg("-dc")
             .arg(path)
@@ -295,9 +308,29 @@ fn read_module(path: &Path) -> Result<Vec<u8>> {
         if !out.status.success() {
             bail!("xz -dc {}: {}", path.display(), out.status);
         }
-        return Ok(out.stdout);
-    }
-    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+        out.stdout
+    } else {
+        fs::read(path).with_context(|| format!("cannot read {}", path.display()))?
+    };
+    module.truncate(unsigned_length(&module));
+    Ok(module)
+}
+
+/// The length of a module without the signature that may follow it: the signature, a
+/// `struct module_signature` of 12 bytes that ends with the signature's length in big
+/// endian, and a marker (Linux: include/linux/module_signature.h).
+fn unsigned_length(module: &[u8]) -> usize {
+    const MARKER: &[u8] = b"~Module signature appended~\n";
+    const HEADER: usize = 12;
+    let unsigned = || {
+        let (_, length) = module.strip_suffix(MARKER)?.split_last_chunk::<4>()?;
+        let signature = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+        module
+            .len()
+            .checked_sub(MARKER.len() + HEADER)?
+            .checked_sub(signature)
+    };
+    unsigned().unwrap_or(module.len())
 }
 
 #[cfg(test)]
@@ -328,5 +361,29 @@ mod tests {
         image.pop();
         assert!(bzimage_payload(&image).is_err());
         assert!(bzimage_payload(b"\x7fELF").is_err());
+    }
+
+    #[test]
+    fn a_meta_package_stands_for_the_image_it_depends_on() {
+        let depends =
+            "linux-image-amd64\n  Depends: linux-base\n  Depends: linux-image-6.1.0-56-amd64\n";
+        assert_eq!(real_package_of(depends), Some("linux-image-6.1.0-56-amd64"));
+        assert_eq!(real_package_of("linux-image-amd64\n"), None);
+    }
+
+    #[test]
+    fn a_signature_is_cut_off_and_nothing_else() {
+        let mut module = b"\x7fELFmodule".to_vec();
+        assert_eq!(unsigned_length(&module), module.len());
+        let length = module.len();
+        module.extend_from_slice(b"signature");
+        module.extend_from_slice(&[0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 9]);
+        module.extend_from_slice(b"~Module signature appended~\n");
+        assert_eq!(unsigned_length(&module), length);
+        // A length that cannot be is no signature.
+        assert_eq!(
+            unsigned_length(&module[length + 9..]),
+            module.len() - length - 9
+        );
     }
 }
