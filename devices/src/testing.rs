@@ -371,6 +371,11 @@ impl<D: VirtioDevice> FakeGuest<D> {
         })
     }
 
+    /// Whether the driver has come to the queues.
+    pub fn is_set_up(&self) -> bool {
+        !self.queues.is_empty()
+    }
+
     /// Free descriptors of a queue.
     pub fn room(&self, queue: usize) -> usize {
         self.queues[queue].free.len()
