@@ -46,4 +46,4 @@ pub use template::{BootSpec, ForkSpec, Kind, Template};
 pub use vm_run_abi::protocol::{
     ContainerSpec, ExitStatus, ProcessSpec, StartFailure, Stream, WindowSize, Writable,
 };
-pub use vmm::{Cpu, Disks, Host, HostError, Timeline};
+pub use vmm::{Cpu, Disks, Host, HostError, Isolation, Timeline};

@@ -186,6 +186,21 @@ impl Template {
         Ok(Child::new(vm, inbox, identity.generation))
     }
 
+    /// What one fork of this template costs in KVM itself: see [`vmm::floor`].
+    ///
+    /// # Errors
+    /// What KVM says.
+    pub fn floor(&self) -> Result<Duration, Error> {
+        let identity = identity::draw("floor")?;
+        let patches: [(u64, &[u8]); 1] = [(page::GPA, &identity.to_bytes())];
+        Ok(vmm::floor::measure(
+            &self.host,
+            &self.image,
+            &self.state,
+            &patches,
+        )?)
+    }
+
     /// The memory that all children share.
     pub fn image(&self) -> &Image {
         &self.image
@@ -199,6 +214,11 @@ impl Template {
     /// What is inside.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// The digest of the kernel and agent that were booted; empty without.
+    pub fn guest_digest(&self) -> &str {
+        &self.guest_digest
     }
 
     /// The host on which it is open.

@@ -11,6 +11,7 @@
 #![deny(unsafe_code)]
 
 mod error;
+pub mod floor;
 mod host;
 mod io;
 #[allow(unsafe_code)]
@@ -19,6 +20,7 @@ mod layout;
 mod machine;
 mod memory;
 pub mod payload;
+mod probe;
 mod vcpu;
 mod vm;
 mod x86_64;
@@ -29,5 +31,6 @@ pub use layout::{MEMORY_MAX, MEMORY_MIN, VCPUS_MAX};
 pub use machine::{Disks, Event, EventSink};
 pub use memory::{Image, Ram};
 pub use payload::Payload;
+pub use probe::Isolation;
 pub use vcpu::state::VcpuState;
 pub use vm::{Timeline, Vm, VmConfig, VmState};

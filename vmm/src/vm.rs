@@ -43,8 +43,8 @@ pub struct VmConfig {
 /// [`VmState::check`] and the restore itself have passed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmState {
-    vcpus: Vec<VcpuState>,
-    vm: KvmVmState,
+    pub(crate) vcpus: Vec<VcpuState>,
+    pub(crate) vm: KvmVmState,
     devices: DevicesState,
 }
 

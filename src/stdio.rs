@@ -1,0 +1,131 @@
+//! Standard input, output and error of a container, copied to and from ours.
+
+use crate::terminal::Raw;
+use anyhow::{Context, Result};
+use fork::Process;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// Our side, ready before the container starts.
+pub struct Stdio {
+    raw: Option<Raw>,
+}
+
+/// The copying threads of a container's outputs.
+pub struct Copies {
+    outputs: Vec<JoinHandle<Option<Instant>>>,
+    _raw: Option<Raw>,
+}
+
+impl Stdio {
+    /// # Errors
+    /// A terminal that was asked for and is not there.
+    pub fn new(tty: bool) -> Result<Self> {
+        let raw = tty.then(Raw::new).transpose()?;
+        Ok(Self { raw })
+    }
+
+    /// Begins to copy.
+    ///
+    /// # Errors
+    /// No thread.
+    pub fn connect(self, process: Process) -> Result<Copies> {
+        let Process {
+            stdin,
+            stdout,
+            stderr,
+            terminal,
+            ..
+        } = process;
+        let mut outputs = Vec::new();
+        if let Some(terminal) = terminal {
+            let to = terminal.try_clone().context("dup")?;
+            input("terminal-in", to)?;
+            outputs.push(output("terminal-out", terminal, io::stdout())?);
+        }
+        if let Some(stdin) = stdin {
+            input("stdin", stdin)?;
+        }
+        if let Some(stdout) = stdout {
+            outputs.push(output("stdout", stdout, io::stdout())?);
+        }
+        if let Some(stderr) = stderr {
+            outputs.push(output("stderr", stderr, io::stderr())?);
+        }
+        Ok(Copies {
+            outputs,
+            _raw: self.raw,
+        })
+    }
+}
+
+impl Copies {
+    /// Waits until all output has been copied; tells when its first byte came.
+    ///
+    /// # Errors
+    /// A thread that has panicked.
+    pub fn finish(self) -> Result<Option<Instant>> {
+        let mut first: Option<Instant> = None;
+        for output in self.outputs {
+            let at = output
+                .join()
+                .map_err(|_| anyhow::anyhow!("a copying thread has panicked"))?;
+            first = [first, at].into_iter().flatten().min();
+        }
+        Ok(first)
+    }
+}
+
+/// Copies our standard input into the container until either ends. The thread is
+/// left alone at the end: it may be waiting for a key.
+fn input(name: &str, mut to: UnixStream) -> Result<()> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(move || {
+            // Unbuffered: a line buffer would hold back what was typed.
+            let copied = io::copy(&mut io::stdin().lock(), &mut to)
+                .and_then(|_| to.shutdown(Shutdown::Write));
+            if let Err(error) = copied {
+                // The container does not read any more.
+                log::debug!("standard input: {error}");
+            }
+        })
+        .context("cannot start a thread")?;
+    Ok(())
+}
+
+/// Copies one output until its end. If ours is closed, the rest is read and
+/// dropped, so that the container does not stop.
+fn output(
+    name: &'static str,
+    mut from: UnixStream,
+    mut to: impl Write + Send + 'static,
+) -> Result<JoinHandle<Option<Instant>>> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(move || {
+            let mut first = None;
+            let mut open = true;
+            let mut buffer = vec![0; 1 << 16];
+            loop {
+                let n = match from.read(&mut buffer) {
+                    Ok(0) => return first,
+                    Ok(n) => n,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) => {
+                        log::debug!("{name}: {error}");
+                        return first;
+                    }
+                };
+                first = first.or_else(|| Some(Instant::now()));
+                if open && let Err(error) = to.write_all(&buffer[..n]).and_then(|()| to.flush()) {
+                    log::debug!("{name}: {error}");
+                    open = false;
+                }
+            }
+        })
+        .context("cannot start a thread")
+}

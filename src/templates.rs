@@ -1,0 +1,295 @@
+//! `vm-run template ...`, and the default template of `run`.
+
+use crate::args::size;
+use crate::guest::{self, GuestArgs};
+use crate::progress::{Bar, Progress};
+use anyhow::{Context, Result, bail};
+use clap::Subcommand;
+use fork::{BootSpec, Host, Manifest, Template};
+use rustix::fs::{FlockOperation, flock};
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Memory of a guest, in bytes, if nothing is said.
+pub const MEMORY: &str = "256m";
+/// Its vCPUs.
+pub const CPUS: &str = "1";
+/// Seconds that a boot may take.
+pub const BOOT_TIMEOUT: &str = "10";
+
+/// What can be done with templates.
+#[derive(Debug, Subcommand)]
+pub enum TemplateCommand {
+    /// Boot a parent and freeze it
+    Build {
+        /// The template's name [default: the one that `run` looks for]
+        #[arg(long)]
+        name: Option<String>,
+        #[command(flatten)]
+        machine: MachineArgs,
+        #[command(flatten)]
+        guest: GuestArgs,
+        /// More words for the kernel's command line
+        #[arg(long, value_name = "WORDS", default_value = "")]
+        cmdline: String,
+    },
+    /// List templates
+    Ls {
+        /// Print a JSON array
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a template's manifest
+    Inspect {
+        /// Its name
+        name: String,
+        /// Read all of its memory, and check it
+        #[arg(long)]
+        verify: bool,
+    },
+    /// Remove templates
+    Rm {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+/// The size of a machine.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct MachineArgs {
+    /// Guest memory: a number and k, m or g; a multiple of 2 MiB
+    #[arg(short, long, value_parser = size, default_value = MEMORY)]
+    pub memory: u64,
+    /// How many vCPUs
+    #[arg(long, default_value = CPUS)]
+    pub cpus: u8,
+    /// How long the guest may take to boot, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = BOOT_TIMEOUT)]
+    pub boot_timeout: u64,
+}
+
+/// Does it.
+///
+/// # Errors
+/// One line.
+pub fn cli(command: TemplateCommand, root: &Path) -> Result<()> {
+    let shelf = Shelf::open(root)?;
+    let mut out = std::io::stdout().lock();
+    match command {
+        TemplateCommand::Build {
+            name,
+            machine,
+            guest,
+            cmdline,
+        } => {
+            let name = name.unwrap_or_else(|| default_name(&machine));
+            let dir = shelf.dir(&name)?;
+            if dir.exists() {
+                bail!("there is a template {name} already: remove it first, or choose another name");
+            }
+            let _lock = shelf.lock()?;
+            build(&dir, &machine, &guest, &cmdline, Arc::new(Host::open()?))?;
+            writeln!(out, "{name}")?;
+        }
+        TemplateCommand::Ls { json } => list(&shelf, json, &mut out)?,
+        TemplateCommand::Inspect { name, verify } => {
+            let dir = shelf.existing(&name)?;
+            let manifest = Manifest::read(&dir)?;
+            if verify {
+                manifest.verify_memory(&dir)?;
+            }
+            writeln!(out, "{}", serde_json::to_string_pretty(&manifest)?)?;
+        }
+        TemplateCommand::Rm { names } => {
+            for name in names {
+                remove(&shelf.existing(&name)?)?;
+                writeln!(out, "{name}")?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where the templates are.
+struct Shelf(PathBuf);
+
+impl Shelf {
+    fn open(root: &Path) -> Result<Self> {
+        let dir = root.join("templates");
+        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        Ok(Self(dir))
+    }
+
+    /// A template's directory. Names become paths, so they are checked here.
+    fn dir(&self, name: &str) -> Result<PathBuf> {
+        let legal = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+        if name.len() > 128
+            || !name.starts_with(|c: char| c.is_ascii_alphanumeric())
+            || !name.chars().all(legal)
+        {
+            bail!("{name:?} is no template name: letters, digits, _ . -, and a letter or digit first");
+        }
+        Ok(self.0.join(name))
+    }
+
+    fn existing(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.dir(name)?;
+        if !dir.is_dir() {
+            bail!("no template {name}: build it with vm-run template build --name {name}");
+        }
+        Ok(dir)
+    }
+
+    /// One builder at a time: the second finds what the first has built.
+    fn lock(&self) -> Result<File> {
+        let path = self.0.join(".lock");
+        let file = File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        flock(&file, FlockOperation::LockExclusive)
+            .with_context(|| format!("cannot lock {}", path.display()))?;
+        Ok(file)
+    }
+}
+
+fn default_name(machine: &MachineArgs) -> String {
+    format!("default-{}m-{}c", machine.memory >> 20, machine.cpus)
+}
+
+/// The template named `name`, or the default one for such a machine, which is
+/// built if it is missing, was made elsewhere, or from another guest.
+///
+/// # Errors
+/// No such template, a spoilt one, or a guest that does not boot.
+pub fn for_run(
+    root: &Path,
+    host: Arc<Host>,
+    name: Option<&str>,
+    machine: &MachineArgs,
+) -> Result<Template> {
+    let shelf = Shelf::open(root)?;
+    if let Some(name) = name {
+        return Ok(Template::open(host, &shelf.existing(name)?)?);
+    }
+    let dir = shelf.dir(&default_name(machine))?;
+    if let Some(template) = usable(&dir, &host) {
+        return Ok(template);
+    }
+    let _lock = shelf.lock()?;
+    // Somebody else may have built it while we waited.
+    if let Some(template) = usable(&dir, &host) {
+        return Ok(template);
+    }
+    if dir.exists() {
+        remove(&dir)?;
+    }
+    build(&dir, machine, &GuestArgs::default(), "", Arc::clone(&host))?;
+    // From disk, as the next run will: all children share the page cache.
+    Ok(Template::open(host, &dir)?)
+}
+
+/// Opens a default template if it is there and is of today's guest.
+fn usable(dir: &Path, host: &Arc<Host>) -> Option<Template> {
+    if !dir.exists() {
+        return None;
+    }
+    let opened = Template::open(Arc::clone(host), dir);
+    let template = match opened {
+        Ok(template) => template,
+        Err(error) => {
+            eprintln!("vm-run: {error}: rebuilding it");
+            return None;
+        }
+    };
+    // Without a guest to rebuild from, an old template is better than none.
+    let stale = guest::find(&GuestArgs::default())
+        .ok()
+        .and_then(|found| found.digest().ok())
+        .is_some_and(|digest| digest != template.guest_digest());
+    if stale {
+        eprintln!("vm-run: the guest has changed since {} was built: rebuilding it", dir.display());
+        return None;
+    }
+    Some(template)
+}
+
+fn build(
+    dir: &Path,
+    machine: &MachineArgs,
+    chosen: &GuestArgs,
+    cmdline: &str,
+    host: Arc<Host>,
+) -> Result<()> {
+    let found = guest::find(chosen)?;
+    let progress = Bar::default();
+    progress.begin("booting the template", None);
+    let spec = BootSpec {
+        memory: machine.memory,
+        vcpus: machine.cpus,
+        guest: Some(found.guest),
+        cmdline: cmdline.into(),
+        timeout: Duration::from_secs(machine.boot_timeout),
+    };
+    let template = Template::boot(host, &spec)?;
+    progress.end();
+    progress.begin("writing the template", None);
+    template.save(dir)?;
+    progress.end();
+    Ok(())
+}
+
+fn list(shelf: &Shelf, json: bool, out: &mut impl Write) -> Result<()> {
+    let mut names: Vec<String> = fs::read_dir(&shelf.0)?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| !name.starts_with('.'))
+        .collect();
+    names.sort();
+    let mut rows = Vec::new();
+    for name in names {
+        match Manifest::read(&shelf.0.join(&name)) {
+            Ok(manifest) => rows.push((name, manifest)),
+            Err(error) => eprintln!("vm-run: {error}"),
+        }
+    }
+    if json {
+        let all: Vec<_> = rows
+            .iter()
+            .map(|(name, m)| {
+                serde_json::json!({
+                    "name": name, "kind": m.kind, "memory": m.memory_bytes,
+                    "vcpus": m.vcpus, "created": m.created, "image": null,
+                })
+            })
+            .collect();
+        writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?;
+        return Ok(());
+    }
+    writeln!(out, "{:<32} {:<6} {:>10} {:>5}  IMAGE", "NAME", "KIND", "MEMORY", "CPUS")?;
+    for (name, m) in rows {
+        let kind = serde_json::to_value(m.kind)?;
+        writeln!(
+            out,
+            "{name:<32} {:<6} {:>6} MiB {:>5}  -",
+            kind.as_str().unwrap_or_default(),
+            m.memory_bytes >> 20,
+            m.vcpus
+        )?;
+    }
+    Ok(())
+}
+
+/// Removes a template: it is renamed away first, so that nobody opens half of it.
+/// Children that run keep its memory.
+fn remove(dir: &Path) -> Result<()> {
+    let parent = dir.parent().unwrap_or(dir);
+    let away = tempfile::Builder::new()
+        .prefix(".old-")
+        .tempdir_in(parent)
+        .with_context(|| format!("cannot write to {}", parent.display()))?;
+    fs::rename(dir, away.path().join("t"))
+        .with_context(|| format!("cannot remove {}", dir.display()))?;
+    away.close()
+        .with_context(|| format!("cannot remove all of {}", dir.display()))
+}
