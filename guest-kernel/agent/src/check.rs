@@ -2,6 +2,8 @@
 //! kernel that lacks something is refused in one line and not by a container
 //! that behaves oddly.
 
+use crate::devices::Rules;
+use crate::mounts::CGROUPS;
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
@@ -20,13 +22,17 @@ const FILE_SYSTEMS: [(&str, &str); 7] = [
 ];
 
 /// A kind of namespace and the option that brings it.
-const NAMESPACES: [(&str, &str); 5] = [
+const NAMESPACES: [(&str, &str); 6] = [
     ("mnt", "CONFIG_NAMESPACES"),
     ("uts", "CONFIG_UTS_NS"),
     ("ipc", "CONFIG_IPC_NS"),
     ("pid", "CONFIG_PID_NS"),
+    ("net", "CONFIG_NET_NS"),
     ("cgroup", "CONFIG_CGROUPS"),
 ];
+
+/// A controller of cgroup2 and the option that brings it.
+const CONTROLLERS: [(&str, &str); 2] = [("memory", "CONFIG_MEMCG"), ("pids", "CONFIG_CGROUP_PIDS")];
 
 /// A driver under /sys/bus/virtio/drivers and the option that brings it.
 const DRIVERS: [(&str, &str); 2] = [
@@ -42,8 +48,13 @@ pub fn missing_options(known: &[&'static str]) -> Vec<&'static str> {
         &fs::read_to_string("/proc/filesystems").unwrap_or_default(),
     ));
     missing.extend(absent("/proc/self/ns", &NAMESPACES));
+    let controllers = fs::read_to_string(format!("{CGROUPS}/cgroup.controllers"));
+    missing.extend(missing_controllers(&controllers.unwrap_or_default()));
     missing.extend(missing_devices());
     missing.extend(missing_sockets());
+    if Rules::load().is_err() {
+        missing.extend(["CONFIG_BPF_SYSCALL", "CONFIG_CGROUP_BPF"]);
+    }
     if !keeps_trusted_xattrs("/dev") {
         missing.push("CONFIG_TMPFS_XATTR");
     }
@@ -80,17 +91,19 @@ fn absent(directory: &str, entries: &[(&str, &'static str)]) -> Vec<&'static str
     lacking.map(|(_, option)| *option).collect()
 }
 
-/// From the outside in: without the bus there are no devices, without devices no
-/// driver is to blame.
 fn missing_devices() -> Vec<&'static str> {
-    if !Path::new("/sys/bus/virtio").exists() {
-        return vec!["CONFIG_VIRTIO_MMIO", "CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES"];
-    }
+    let mut missing = absent("/sys/bus/virtio/drivers", &DRIVERS);
     let devices = fs::read_dir("/sys/bus/virtio/devices");
-    if devices.is_ok_and(|mut devices| devices.next().is_none()) {
-        return vec!["CONFIG_VIRTIO_MMIO", "CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES"];
+    if devices.map_or(true, |mut devices| devices.next().is_none()) {
+        missing.extend(["CONFIG_VIRTIO_MMIO", "CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES"]);
     }
-    absent("/sys/bus/virtio/drivers", &DRIVERS)
+    missing
+}
+
+fn missing_controllers(listing: &str) -> Vec<&'static str> {
+    let has = |name: &str| listing.split_whitespace().any(|other| other == name);
+    let lacking = CONTROLLERS.iter().filter(|(name, _)| !has(name));
+    lacking.map(|(_, option)| *option).collect()
 }
 
 fn missing_sockets() -> Vec<&'static str> {
@@ -140,6 +153,15 @@ mod tests {
         let some = all.replace("erofs", "erofs2").replace("\text4\n", "");
         let expected = ["CONFIG_EROFS_FS", "CONFIG_EXT4_FS"];
         assert_eq!(missing_file_systems(&some), expected);
+    }
+
+    #[test]
+    fn controllers_are_words() {
+        assert!(missing_controllers("cpuset cpu io memory pids\n").is_empty());
+        assert_eq!(
+            missing_controllers("cpu memory2\n"),
+            ["CONFIG_MEMCG", "CONFIG_CGROUP_PIDS"]
+        );
     }
 
     #[test]

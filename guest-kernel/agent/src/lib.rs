@@ -1,7 +1,7 @@
 //! What PID 1 of the guest is made of. `main.rs` tells the story of the boot;
 //! the modules here each do one job of it:
 //!
-//! - [`mounts`], [`check`]: the guest itself, before the fork point;
+//! - [`mounts`], [`check`], [`devices`]: the guest itself, before the fork point;
 //! - [`doorbell`], [`identity`]: the fork point and what a child becomes there;
 //! - [`serve`]: the event loop over [`frame`]s and [`streams`], and the
 //!   [`container`] that it serves;
@@ -16,6 +16,7 @@
 
 pub mod check;
 pub mod container;
+pub mod devices;
 pub mod doorbell;
 pub mod exec;
 pub mod frame;

@@ -1,12 +1,13 @@
 //! PID 1 of the guest. The boot, told from its first line to its last.
 
-use rustix::fs::{Mode, OFlags, open};
+use rustix::fd::AsFd;
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::system::{RebootCommand, reboot};
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::OnceLock;
 use vm_run_abi::protocol::PORT;
+use vm_run_agent::devices::Rules;
 use vm_run_agent::doorbell::Doorbell;
 use vm_run_agent::identity::ForkPoint;
 use vm_run_agent::rootfs::Disks;
@@ -87,18 +88,26 @@ fn check_machine(has_devtmpfs: bool, disks: &Disks) -> Result<(), String> {
 }
 
 fn prepare_server(disks: Disks) -> Result<Server, String> {
-    let path = mounts::make_cgroup()?;
-    let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
-    let cgroup =
-        open(&path, flags, Mode::empty()).map_err(|e| format!("cannot open {path}: {e}"))?;
-    let listener = sys::listen_vsock(PORT).map_err(|e| format!("cannot listen on vsock: {e}"))?;
-    let signals = sys::child_signals().map_err(|e| format!("cannot watch for SIGCHLD: {e}"))?;
+    mounts::enable_controllers()?;
     let resources = Resources {
         disks,
-        cgroup,
+        cgroup: mounts::make_cgroup("container")?,
+        rules: load_rules().map_err(|e| format!("cannot load the rules for devices: {e}"))?,
         open_files: OPEN_FILES,
     };
+    let listener = sys::listen_vsock(PORT).map_err(|e| format!("cannot listen on vsock: {e}"))?;
+    let signals = sys::child_signals().map_err(|e| format!("cannot watch for SIGCHLD: {e}"))?;
     Server::new(listener, signals, resources).map_err(|e| format!("cannot make an epoll: {e}"))
+}
+
+/// The rules for the container's cgroup. They are in force at once for a cgroup
+/// that nobody is in: with the first rules the kernel patches its code, and that
+/// is better done here than in every child.
+fn load_rules() -> Result<Rules, String> {
+    let rules = Rules::load().map_err(|e| e.to_string())?;
+    let nobody = mounts::make_cgroup("nobody")?;
+    rules.apply(nobody.as_fd()).map_err(|e| e.to_string())?;
+    Ok(rules)
 }
 
 /// One line on the console. Where there is no console nobody can be told.

@@ -1,7 +1,8 @@
 //! Mounting with errors that name source, target and reason; and the guest's own
 //! mounts, made at boot.
 
-use rustix::fs::{FileType, Mode, makedev, mkdir, mknodat};
+use rustix::fd::OwnedFd;
+use rustix::fs::{FileType, Mode, OFlags, makedev, mkdir, mknodat, open};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 use std::ffi::CStr;
@@ -119,9 +120,8 @@ pub fn mount_guest() -> Vec<&'static str> {
         .collect()
 }
 
-/// Makes a cgroup for the container, with every controller that the kernel has,
-/// and returns its path.
-pub fn make_cgroup() -> Result<String, String> {
+/// Lets cgroups have every controller that the kernel has.
+pub fn enable_controllers() -> Result<(), String> {
     let all = fs::read_to_string(format!("{CGROUPS}/cgroup.controllers"))
         .map_err(|e| format!("cannot read the cgroup controllers: {e}"))?;
     for controller in all.split_whitespace() {
@@ -131,9 +131,15 @@ pub fn make_cgroup() -> Result<String, String> {
         )
         .map_err(|e| format!("cannot enable the cgroup controller {controller}: {e}"))?;
     }
-    let path = format!("{CGROUPS}/container");
+    Ok(())
+}
+
+/// Makes a cgroup, and returns its directory.
+pub fn make_cgroup(name: &str) -> Result<OwnedFd, String> {
+    let path = format!("{CGROUPS}/{name}");
     make_directory(&path)?;
-    Ok(path)
+    let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+    open(&path, flags, Mode::empty()).map_err(|e| format!("cannot open {path}: {e}"))
 }
 
 /// Makes a character device node with exactly this mode; one that is there stays.

@@ -4,6 +4,7 @@
 //! The new process prepares itself (the functions from [`in_child`] on) and
 //! reports over a socket that closes at its exec: messages, each a packet.
 
+use crate::devices::Rules;
 use crate::exec::{self, Failure, Program};
 use crate::jail;
 use crate::mounts;
@@ -34,6 +35,9 @@ pub struct Resources {
     pub disks: Disks,
     /// The directory of the container's cgroup.
     pub cgroup: OwnedFd,
+    /// What it may open. The rules are applied by its first process, which has
+    /// its disks to mount before.
+    pub rules: Rules,
     /// The limit of open files, soft and hard.
     pub open_files: u64,
 }
@@ -165,6 +169,8 @@ fn prepare(
     sys::new_cgroup_namespace().map_err(|e| Failure::other(format!("no cgroup namespace: {e}")))?;
     jail::make_mounts_private()?;
     let root = rootfs::mount_root(&resources.disks, &container.writable)?;
+    let rules = resources.rules.apply(resources.cgroup.as_fd());
+    rules.map_err(|e| Failure::other(format!("cannot restrict its devices: {e}")))?;
     let hostname = rustix::system::uname();
     let files = jail::generate_files(&hostname.nodename().to_string_lossy())?;
     jail::enter(&root)?;

@@ -1,5 +1,6 @@
 //! The system calls that rustix does not have, each behind a safe function.
 
+use crate::devices::Instruction;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use rustix::process::Pid;
 use std::ffi::{CStr, CString};
@@ -267,6 +268,71 @@ pub fn loopback_up() -> io::Result<()> {
             &raw const request,
         )
     })?;
+    Ok(())
+}
+
+/// The fields of `union bpf_attr` for BPF_PROG_LOAD (Linux
+/// include/uapi/linux/bpf.h), as far as they are used.
+#[repr(C)]
+struct ProgramLoad {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+}
+
+/// The same for BPF_PROG_ATTACH.
+#[repr(C)]
+struct ProgramAttach {
+    target_fd: u32,
+    attach_bpf_fd: u32,
+    attach_type: u32,
+    attach_flags: u32,
+}
+
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+
+/// Loads a program that decides on accesses to devices.
+pub fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
+    let load = ProgramLoad {
+        prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        insn_cnt: program.len() as u32,
+        insns: program.as_ptr() as u64,
+        license: c"Apache-2.0".as_ptr() as u64,
+    };
+    // SAFETY: the kernel reads the attributes, as many instructions as they say
+    // and the string, which all live through the call, and checks the program.
+    own(unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_LOAD,
+            &raw const load,
+            size_of::<ProgramLoad>(),
+        )
+    } as RawFd)
+}
+
+/// Attaches such a program to a cgroup, which holds it from then on.
+pub fn attach_device_program(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> io::Result<()> {
+    let attach = ProgramAttach {
+        target_fd: cgroup.as_raw_fd() as u32,
+        attach_bpf_fd: program.as_raw_fd() as u32,
+        attach_type: BPF_CGROUP_DEVICE,
+        attach_flags: 0,
+    };
+    // SAFETY: the kernel reads the attributes, which live through the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_ATTACH,
+            &raw const attach,
+            size_of::<ProgramAttach>(),
+        )
+    };
+    check(result as libc::c_int)?;
     Ok(())
 }
 

@@ -296,6 +296,10 @@ fn surroundings_are_dockers(images: &Images) {
     );
     has("mkdir /sys/fs/cgroup/x 2>&1 | grep -c 'Read-only'", "1\n");
     has("mount -t tmpfs t /tmp 2>&1 | grep -c 'ermi'", "1\n");
+    let nodes =
+        "mknod /tmp/d b 7 0 && mknod /tmp/n c 1 3 && echo x >/tmp/n && head -c1 /tmp/d 2>&1";
+    let denied = format!("{nodes} | grep -c 'not permitted'");
+    has(&denied, "1\n");
     // Nothing of the agent's own tree is left.
     has(
         "ls /mnt 2>/dev/null | wc -l; cut -d' ' -f5 /proc/self/mountinfo | grep -c ^/mnt; true",

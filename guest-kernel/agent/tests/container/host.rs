@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use vm_run_abi::protocol::{
     CONTAINER, ContainerSpec, Event, Hello, ProcessSpec, Request, Stream, Writable,
 };
+use vm_run_agent::devices::Rules;
 use vm_run_agent::frame;
 use vm_run_agent::rootfs::Disks;
 use vm_run_agent::serve::Server;
@@ -38,12 +39,14 @@ pub fn serve(args: &[String]) -> ExitCode {
     let listener = UnixListener::bind(socket).unwrap();
     listener.set_nonblocking(true).unwrap();
     let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+    let cgroup = open(cgroup, flags, Mode::empty()).unwrap();
     let resources = Resources {
         disks: Disks {
             image: image.clone(),
             writable: writable.clone(),
         },
-        cgroup: open(cgroup, flags, Mode::empty()).unwrap(),
+        cgroup,
+        rules: Rules::load().unwrap(),
         open_files: 4096,
     };
     let signals = sys::child_signals().unwrap();
