@@ -30,6 +30,7 @@ struct Input {
     queues: Vec<Queue>,
     guest_cid: u64,
     next_port: u32,
+    lost_connections: bool,
     memory: Vec<u8>,
     writes: Vec<(u8, u32)>,
 }
@@ -38,6 +39,7 @@ fuzz_target!(|input: Input| {
     let Ok(device) = Vsock::restore(&VsockState {
         guest_cid: input.guest_cid % 8,
         next_port: input.next_port,
+        lost_connections: input.lost_connections,
     }) else {
         return;
     };
@@ -71,7 +73,11 @@ fuzz_target!(|input: Input| {
     };
     let saved = transport.save();
     drop(transport);
-    let device = Vsock::restore(&VsockState::default()).expect("the default");
+    let device = Vsock::restore(&VsockState {
+        lost_connections: input.lost_connections,
+        ..VsockState::default()
+    })
+    .expect("a good state");
     let mut guest = testing::FakeGuest::power_on(device, memory, &saved);
     guest.device().kick();
     guest.run();

@@ -202,35 +202,50 @@ impl VirtQueue {
         Ok(())
     }
 
-    /// Asks the driver to notify of the next chain. True if there is one already.
+    /// Chains that are available and not taken.
+    fn available(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
+        let queue = self.index;
+        let Some(ring) = &self.ring else {
+            return Ok(0);
+        };
+        let index = ring
+            .avail_idx(memory, Ordering::Acquire)
+            .map_err(|source| QueueError::Ring { queue, source })?;
+        Ok(index.0.wrapping_sub(ring.next_avail()))
+    }
+
+    /// Asks the driver to notify when more than `count` chains are available. True
+    /// if it is so already.
     ///
-    /// What `Queue::enable_notification` does, except that it does not write what
-    /// is there already: a write costs a forked guest a page of its own.
-    fn enable_notification(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+    /// What `Queue::enable_notification` does for a count of 0, except that it does
+    /// not write what is there: a write costs a forked guest a page of its own.
+    fn notify_beyond(&mut self, memory: &GuestMemory, count: u16) -> Result<bool, QueueError> {
         let queue = self.index;
         let Some(ring) = &self.ring else {
             return Ok(false);
         };
-        let failed = |source| QueueError::Ring { queue, source };
-        let memory_failed = |e| failed(virtio_queue::Error::GuestMemory(e));
+        let memory_failed = |e| QueueError::Ring {
+            queue,
+            source: virtio_queue::Error::GuestMemory(e),
+        };
         if ring.event_idx_enabled() {
             // §2.7.8: avail_event follows the used elements.
             let offset = 4 + 8 * u64::from(ring.size());
             let avail_event = GuestAddress(ring.used_ring().saturating_add(offset));
+            let wanted = ring.next_avail().wrapping_add(count);
             let armed: u16 = memory
                 .load(avail_event, Ordering::Relaxed)
                 .map_err(memory_failed)?;
-            if u16::from_le(armed) != ring.next_avail() {
+            if u16::from_le(armed) != wanted {
                 memory
-                    .store(ring.next_avail().to_le(), avail_event, Ordering::Relaxed)
+                    .store(wanted.to_le(), avail_event, Ordering::Relaxed)
                     .map_err(memory_failed)?;
             }
         }
         // The driver publishes a chain, then looks at avail_event; we do the
         // reverse, and one of the two must see the other.
         fence(Ordering::SeqCst);
-        let available = ring.avail_idx(memory, Ordering::Acquire).map_err(failed)?;
-        Ok(available.0 != ring.next_avail())
+        Ok(self.available(memory)? > count)
     }
 
     /// Whether the driver is to be interrupted for what was given back since the
@@ -294,9 +309,23 @@ impl<'m> DeviceIo<'m> {
     /// Asks the driver to notify of the next chain. True if one is there already
     /// (it may have come without a notification): go on with it.
     pub fn enable_notification(&mut self, queue: usize) -> Result<bool, QueueError> {
+        self.notify_beyond(queue, 0)
+    }
+
+    /// Asks the driver to notify when more than `count` chains are available. True
+    /// if it is so already.
+    pub fn notify_beyond(&mut self, queue: usize, count: u16) -> Result<bool, QueueError> {
         match self.queues.get_mut(queue) {
-            Some(q) => q.enable_notification(self.memory),
+            Some(q) => q.notify_beyond(self.memory, count),
             None => Ok(false),
+        }
+    }
+
+    /// Number of chains that are available and not taken.
+    pub fn available(&self, queue: usize) -> Result<u16, QueueError> {
+        match self.queues.get(queue) {
+            Some(q) => q.available(self.memory),
+            None => Ok(0),
         }
     }
 }

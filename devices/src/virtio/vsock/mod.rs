@@ -4,9 +4,11 @@
 //! here, and the device moves bytes between it and the guest's queues. Requests
 //! of the guest are refused: the host listens on no port.
 //!
-//! A fork copies no connection. The state has none, so a template is to be frozen
-//! while none is open; a guest that believed in one gets a reset for its next
-//! packet. Ports of the host are not used again after a restore.
+//! A fork copies no connection: the state only says whether there were any. If so,
+//! the restored device tells its guest that they are gone, before anything else
+//! (transport reset, §5.10.6.7): Linux then ends its connected sockets, and
+//! listens on. The parent's connections live on. Ports of the host are not used
+//! again after a restore.
 
 mod connection;
 mod packet;
@@ -38,9 +40,13 @@ pub const CONNECTIONS_MAX: usize = 1024;
 const TYPE_SOCKET: u32 = 19;
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENT: usize = 2;
 const QUEUE_SIZES: &[u16] = &[128, 128, 16];
 
 const F_STREAM: u64 = 1 << 0;
+
+/// Id of the event "transport reset" (§5.10.6.7).
+const EVENT_TRANSPORT_RESET: u32 = 0;
 
 /// Resets waiting for a buffer of the guest. When there are as many, no more of
 /// its packets are taken until it provides buffers.
@@ -70,6 +76,8 @@ pub struct VsockState {
     pub guest_cid: u64,
     /// The host's port of the next connection, unless it is in use.
     pub next_port: u32,
+    /// There were connections, which the guest is to be told are gone.
+    pub lost_connections: bool,
 }
 
 impl Default for VsockState {
@@ -77,8 +85,22 @@ impl Default for VsockState {
         Self {
             guest_cid: GUEST_CID,
             next_port: FIRST_PORT,
+            lost_connections: false,
         }
     }
+}
+
+/// How far the guest has been told that its connections are gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum TransportReset {
+    /// It has no need to know, or it knows.
+    None,
+    /// It is to be told when it has a buffer for the event.
+    Due,
+    /// It was, and had so many buffers for events left. It has acted on the event
+    /// when it gives the buffer back; a connection opened before would be ended
+    /// with the others, so nothing is sent until then.
+    Sent { buffers_left: u16 },
 }
 
 /// The socket device.
@@ -94,6 +116,7 @@ pub struct Vsock {
     line: VecDeque<u32>,
     /// Packets for the guest that belong to no connection.
     replies: VecDeque<Header>,
+    transport_reset: TransportReset,
 }
 
 impl Vsock {
@@ -111,6 +134,11 @@ impl Vsock {
             connections: HashMap::new(),
             line: VecDeque::new(),
             replies: VecDeque::new(),
+            transport_reset: if state.lost_connections {
+                TransportReset::Due
+            } else {
+                TransportReset::None
+            },
         })
     }
 
@@ -119,7 +147,8 @@ impl Vsock {
     /// Bytes written before the guest accepts are delivered after it did. If the
     /// guest refuses, the stream ends: with `ECONNRESET` if bytes were lost, else
     /// with an end of file. Whoever drops the stream before the guest was asked
-    /// takes the request back.
+    /// takes the request back. A reset by the guest's driver, as at its probe, ends
+    /// every stream.
     ///
     /// The device wakes the event loop by itself.
     ///
@@ -182,6 +211,13 @@ impl Vsock {
     /// Moves packets both ways until neither side has any, or the burst is over.
     fn pump(&mut self, io: &mut DeviceIo<'_>) -> Result<Progress, QueueError> {
         let received = self.receive_packets(io)?;
+        if !self.reset_is_over(io)? {
+            // Replies that wait are sent when the guest gives its buffer back.
+            return Ok(match received {
+                Progress::More if self.replies.len() < REPLIES_MAX => Progress::More,
+                _ => Progress::Done,
+            });
+        }
         let sent = self.send_packets(io)?;
         let stalled = received == Progress::More && self.replies.len() >= REPLIES_MAX;
         // Stalled for want of buffers for the replies: those bring us back.
@@ -189,6 +225,37 @@ impl Vsock {
             return Ok(Progress::More);
         }
         Ok(Progress::Done)
+    }
+
+    /// Tells the guest that its connections are gone, if it is to know. True when
+    /// it has acted on it, and packets may be sent.
+    fn reset_is_over(&mut self, io: &mut DeviceIo<'_>) -> Result<bool, QueueError> {
+        while self.transport_reset == TransportReset::Due {
+            let Some(mut chain) = io.pop(EVENT)? else {
+                if io.enable_notification(EVENT)? {
+                    continue;
+                }
+                return Ok(false);
+            };
+            let event = EVENT_TRANSPORT_RESET.to_le_bytes();
+            chain
+                .writable
+                .write_all(&event)
+                .map_err(|source| QueueError::Chain {
+                    queue: EVENT,
+                    source,
+                })?;
+            let buffers_left = io.available(EVENT)?;
+            io.push_used(EVENT, &chain, event.len())?;
+            self.transport_reset = TransportReset::Sent { buffers_left };
+        }
+        if let TransportReset::Sent { buffers_left } = self.transport_reset {
+            if !io.notify_beyond(EVENT, buffers_left)? {
+                return Ok(false);
+            }
+            self.transport_reset = TransportReset::None;
+        }
+        Ok(true)
     }
 
     fn receive_packets(&mut self, io: &mut DeviceIo<'_>) -> Result<Progress, QueueError> {
@@ -380,8 +447,7 @@ impl VirtioDevice for Vsock {
         copy_config(&self.state.guest_cid.to_le_bytes(), offset, data);
     }
 
-    /// A notification of any queue moves packets both ways. The event queue
-    /// keeps its buffers: there is no event without connections in the state.
+    /// A notification of any queue moves packets both ways.
     fn process_queue(
         &mut self,
         _queue: usize,
@@ -404,9 +470,14 @@ impl VirtioDevice for Vsock {
         self.connections.clear();
         self.line.clear();
         self.replies.clear();
+        self.transport_reset = TransportReset::None;
     }
 
     fn save(&self) -> VsockState {
-        self.state.clone()
+        VsockState {
+            lost_connections: !self.connections.is_empty()
+                || self.transport_reset != TransportReset::None,
+            ..self.state.clone()
+        }
     }
 }
