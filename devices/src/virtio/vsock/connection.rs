@@ -253,34 +253,32 @@ impl Connection {
     }
 
     fn receive_shutdown(&mut self, flags: u32) -> Outcome {
-        self.guest_shutdown |= flags & shutdown::BOTH;
+        let new = flags & shutdown::BOTH & !self.guest_shutdown;
+        self.guest_shutdown |= new;
+        if new & shutdown::RECEIVE != 0 {
+            self.refuse_host();
+        }
+        self.finish_sending();
         if self.guest_shutdown == shutdown::BOTH {
             self.phase = Phase::Draining;
             return Outcome::Reset;
         }
-        if self.guest_shutdown & shutdown::RECEIVE != 0 {
-            self.refuse_host();
-        }
-        self.finish_sending();
         Outcome::Keep
     }
 
     fn reset_by_guest(&mut self) -> Outcome {
         self.phase = Phase::Draining;
+        // A host that is blocked in a write might never come to read.
+        self.shut(Shutdown::Read);
         self.end()
     }
 
     /// After the guest's side is gone: whether bytes for the host are left.
     pub(super) fn end(&mut self) -> Outcome {
-        if self.phase == Phase::Draining && !self.buffer.is_empty() && !self.host_closed {
-            return Outcome::Keep;
+        match self.phase {
+            Phase::Draining if !self.buffer.is_empty() => Outcome::Keep,
+            _ => Outcome::Remove,
         }
-        if self.guest_shutdown == shutdown::BOTH {
-            // A clean close is an end of file for the host. Bytes that we leave
-            // unread would make it ECONNRESET.
-            self.refuse_host();
-        }
-        Outcome::Remove
     }
 
     /// Something happened on the stream (edge-triggered).
@@ -345,7 +343,8 @@ impl Connection {
     }
 
     /// The guest reads no more: the host's writes fail from now on, and what it
-    /// wrote is dropped.
+    /// wrote is dropped. Bytes that stayed unread would make a clean close
+    /// ECONNRESET for the host.
     fn refuse_host(&mut self) {
         self.shut(Shutdown::Read);
         let mut scrap = [0; 4096];

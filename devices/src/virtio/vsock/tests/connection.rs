@@ -197,3 +197,40 @@ fn a_reset_of_the_device_ends_every_connection() {
     assert!(read_all(&stream).is_empty());
     assert_eq!(guest.connections(), 0);
 }
+
+#[test]
+fn a_host_that_writes_before_it_reads_is_not_stuck_when_the_guest_closes() {
+    for end in [op::SHUTDOWN, op::RST] {
+        let mut guest = Guest::new(4);
+        let (mut stream, mut peer) = guest.establish();
+        peer.buf_alloc = 0;
+        // More than the socket takes, so that some of it waits in the device.
+        for _ in 0..5 {
+            guest.send(peer.header(op::RW), &[1; 64 << 10]);
+        }
+        let host = std::thread::spawn(move || {
+            let refused = stream.write_all(&[0; 8 << 20]).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::BrokenPipe);
+            let (mut count, mut chunk) = (0, [0; 64 << 10]);
+            while let Ok(n @ 1..) = stream.read(&mut chunk) {
+                count += n;
+            }
+            count
+        });
+        // Let it fill the socket; the guest has no room for any of it.
+        while guest.receive().is_empty() {
+            guest.inner.wait(100);
+        }
+        let last = Header {
+            op: end,
+            ..peer.shutdown(shutdown::BOTH)
+        };
+        guest.send(last, &[]);
+        while !host.is_finished() {
+            guest.inner.wait(10);
+        }
+        assert_eq!(host.join().unwrap(), 5 * (64 << 10));
+        guest.inner.run();
+        assert_eq!(guest.connections(), 0);
+    }
+}
