@@ -11,7 +11,7 @@
 //! - A whiteout hides what lower layers have, never what its own layer has.
 
 use super::content::Content;
-use super::error::Result;
+use super::error::{ImageError, Result};
 use super::tarball::{Entry, Kind};
 use super::tree::{Body, Children, Meta, Node, NodeId, Tree, Xattrs, check_name, refused};
 use std::fs::File;
@@ -25,8 +25,8 @@ const AUFS: &[u8] = b".wh..wh.";
 /// Applies one entry of layer number `layer`, whose bytes are in `file`.
 ///
 /// # Errors
-/// [`ImageError::Entry`](super::error::ImageError::Entry) for one that is refused,
-/// [`ImageError::Limit`](super::error::ImageError::Limit) when the tree is full.
+/// [`ImageError::Entry`] for one that is refused, [`ImageError::Limit`] when the tree
+/// is full.
 pub fn apply(tree: &mut Tree, entry: Entry, layer: u16, file: &Arc<File>) -> Result<()> {
     let path = components(&entry.path)?;
     let Some((name, parents)) = path.split_last() else {
@@ -37,7 +37,8 @@ pub fn apply(tree: &mut Tree, entry: Entry, layer: u16, file: &Arc<File>) -> Res
     }
     check_name(name).map_err(|_| refused(&entry.path, "a name longer than 255 bytes"))?;
     let parent = tree
-        .walk(parents, Some(layer))?
+        .walk(parents, Some(layer))
+        .map_err(|error| of_entry(error, &entry.path))?
         .ok_or_else(|| refused(&entry.path, "its parent is missing"))?;
     if entry.kind == Kind::HardLink {
         let target = hard_link_target(tree, &entry)?;
@@ -112,12 +113,23 @@ fn hard_link_target(tree: &mut Tree, entry: &Entry) -> Result<NodeId> {
     let target = components(&entry.link)
         .map_err(|_| refused(&entry.path, "a hard link out of the image"))?;
     let (name, parents) = target.split_last().ok_or_else(missing)?;
-    let parent = tree.walk(parents, None)?.ok_or_else(missing)?;
+    let parent = tree
+        .walk(parents, None)
+        .map_err(|error| of_entry(error, &entry.path))?
+        .ok_or_else(missing)?;
     let link = tree.lookup(parent, name).ok_or_else(missing)?;
     if tree.children(link.node).is_some() {
         return Err(refused(&entry.path, "a hard link to a directory"));
     }
     Ok(link.node)
+}
+
+/// The refusal of a parent, said of the entry below it.
+fn of_entry(error: ImageError, path: &[u8]) -> ImageError {
+    match error {
+        ImageError::Entry { reason, .. } => refused(path, &reason),
+        other => other,
+    }
 }
 
 /// The names of a path, without the leading slash and the dots.
@@ -184,3 +196,6 @@ fn meta(entry: &Entry) -> Meta {
 pub fn is_kept(xattr: &[u8]) -> bool {
     !xattr.starts_with(b"trusted.overlay.") && !xattr.starts_with(b"user.overlay.")
 }
+
+#[cfg(test)]
+mod tests;

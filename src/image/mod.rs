@@ -20,6 +20,8 @@ mod digest;
 mod documents;
 mod erofs;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod hostdir;
 mod index;
 mod layer;

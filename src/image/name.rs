@@ -56,10 +56,7 @@ impl Name {
         if domain.len() + 1 + path.len() > LONGEST_REPOSITORY {
             return Err(bad("it is longer than 255 characters"));
         }
-        if !domain
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b".-:[]".contains(&b))
-        {
+        if !is_host(domain) {
             return Err(bad("the registry is not a host name"));
         }
         if !path.split('/').all(is_component) {
@@ -88,11 +85,6 @@ impl Name {
             .to_owned()
     }
 
-    /// The tag.
-    pub fn tag(&self) -> &str {
-        &self.tag
-    }
-
     /// Repository and tag as docker shows them: `busybox:latest`.
     pub fn familiar(&self) -> String {
         format!("{}:{}", self.repository(), self.tag)
@@ -109,6 +101,28 @@ fn is_domain(first: &str) -> bool {
     first == "localhost"
         || first.contains(['.', ':'])
         || first.bytes().any(|b| b.is_ascii_uppercase())
+}
+
+/// A host name or an IPv6 address in brackets, and perhaps a port.
+fn is_host(domain: &str) -> bool {
+    let (host, port) = match domain.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+        _ => (domain, None),
+    };
+    let is_label = |label: &str| {
+        !label.is_empty()
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'-')
+    };
+    let is_address = |inside: &str| inside.bytes().all(|b| b.is_ascii_hexdigit() || b == b':');
+    let bracketed = host
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'));
+    bracketed.map_or_else(|| host.split('.').all(is_label), is_address)
+        && port.is_none_or(|port| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()))
 }
 
 /// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`

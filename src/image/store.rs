@@ -569,3 +569,6 @@ fn place(new: NamedTempFile, target: &Path) -> Result<()> {
 fn familiar(name: &str) -> String {
     Name::parse(name).map_or_else(|_| name.to_owned(), |name| name.familiar())
 }
+
+#[cfg(test)]
+mod tests;

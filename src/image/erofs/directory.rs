@@ -71,7 +71,7 @@ mod tests {
     fn the_size_told_is_the_size_written() {
         for count in [0, 1, 2, 50, 100, 1000] {
             let names: Vec<String> = (0..count)
-                .map(|i| format!("{i:0>1$}", 1 + i % 255))
+                .map(|i| format!("{i:0>width$}", width = 1 + i % 255))
                 .collect();
             let entries: Vec<Dirent<'_>> = names
                 .iter()
