@@ -64,14 +64,18 @@ impl From<Failure> for Happened {
 
 /// The container. There is one in the life of a child.
 #[derive(Debug, Default)]
-pub struct Container(State);
+pub struct Container {
+    state: State,
+    /// The size that the host has asked for since the terminal was.
+    resized: Option<WindowSize>,
+}
 
 impl Container {
     /// Notes what is to be started; `false` if something was before.
     pub fn ask(&mut self, container: ContainerSpec, process: ProcessSpec) -> bool {
-        let first = matches!(self.0, State::None);
+        let first = matches!(self.state, State::None);
         if first {
-            self.0 = State::Waiting(Box::new((container, process)));
+            self.state = State::Waiting(Box::new((container, process)));
         }
         first
     }
@@ -83,12 +87,12 @@ impl Container {
         resources: &Resources,
         arrived: &[Stream],
     ) -> Option<Result<Vec<(Stream, OwnedFd)>, Happened>> {
-        let State::Waiting(specs) = &self.0 else {
+        let State::Waiting(specs) = &self.state else {
             return None;
         };
         let (container, process) = specs.as_ref();
         if let Err(why) = check_streams(&process.streams) {
-            self.0 = State::Over;
+            self.state = State::Over;
             return Some(Err(Happened::start_failed(why)));
         }
         if !process.streams.iter().all(|s| arrived.contains(s)) {
@@ -100,7 +104,7 @@ impl Container {
                 reports,
                 pipes,
             }) => {
-                self.0 = State::Starting(Starting {
+                self.state = State::Starting(Starting {
                     pid,
                     reports,
                     ready: false,
@@ -109,7 +113,7 @@ impl Container {
                 Ok(pipes)
             }
             Err(failure) => {
-                self.0 = State::Over;
+                self.state = State::Over;
                 Err(failure.into())
             }
         })
@@ -117,7 +121,7 @@ impl Container {
 
     /// What a new process reports over, while it is starting.
     pub fn reports(&self) -> Option<BorrowedFd<'_>> {
-        match &self.0 {
+        match &self.state {
             State::Starting(starting) => Some(starting.reports.as_fd()),
             _ => None,
         }
@@ -126,16 +130,19 @@ impl Container {
     /// Reads all that the new process has reported until now.
     pub fn read_reports(&mut self) -> io::Result<Vec<Happened>> {
         let mut happened = Vec::new();
-        while let State::Starting(starting) = &mut self.0 {
+        while let State::Starting(starting) = &mut self.state {
             match next_report(starting.reports.as_fd())? {
                 None => break,
                 Some(Report::Terminal(master, slave)) => {
+                    if let Some(size) = self.resized {
+                        resize(master.as_fd(), size)?;
+                    }
                     happened.push(Happened::Terminal(master, slave));
                 }
                 Some(Report::Ready) => starting.ready = true,
                 Some(Report::Failed(failure)) => starting.failure = Some(failure),
                 Some(Report::End) if starting.ready && starting.failure.is_none() => {
-                    self.0 = State::Running(starting.pid);
+                    self.state = State::Running(starting.pid);
                     let process = CONTAINER;
                     happened.push(Happened::Event(Event::Started { process }));
                 }
@@ -149,7 +156,7 @@ impl Container {
     /// Its process has been reaped. What it reported has been read before.
     pub fn ended(&mut self, status: WaitStatus) -> Happened {
         let status = exit_status(status);
-        match std::mem::replace(&mut self.0, State::Over) {
+        match std::mem::replace(&mut self.state, State::Over) {
             State::Starting(Starting {
                 failure: Some(failure),
                 ..
@@ -177,11 +184,9 @@ impl Container {
         }
     }
 
-    /// Sets the size of its terminal.
+    /// Sets the size of its terminal, or of the one that it is going to have.
     pub fn resize<'a>(&mut self, size: WindowSize, links: impl Iterator<Item = &'a Link>) {
-        if let State::Waiting(specs) = &mut self.0 {
-            specs.1.window = Some(size);
-        }
+        self.resized = Some(size);
         for link in links.filter(|link| link.is_terminal()) {
             // A terminal that has hung up has no size to set.
             resize(link.guest(), size).ok();
@@ -189,7 +194,7 @@ impl Container {
     }
 
     fn pid(&self) -> Option<Pid> {
-        match &self.0 {
+        match &self.state {
             State::Starting(starting) => Some(starting.pid),
             State::Running(pid) => Some(*pid),
             State::None | State::Waiting(_) | State::Over => None,
@@ -208,7 +213,7 @@ impl Container {
 
     /// Whether it has, or had, a process.
     pub fn is_started(&self) -> bool {
-        !matches!(self.0, State::None | State::Waiting(_))
+        !matches!(self.state, State::None | State::Waiting(_))
     }
 }
 

@@ -4,7 +4,7 @@
 use crate::sys;
 use crate::user::{self, User};
 use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags};
-use rustix::process::{Gid, Resource, Rlimit, Uid, setrlimit};
+use rustix::process::{Gid, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -98,18 +98,6 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SYS_CHROOT)
     .union(CapabilitySet::KILL)
     .union(CapabilitySet::AUDIT_WRITE);
-
-/// Sets limits and the mode mask.
-pub fn set_limits(open_files: u64) -> Result<(), Failure> {
-    let limit = Rlimit {
-        current: Some(open_files),
-        maximum: Some(open_files),
-    };
-    setrlimit(Resource::Nofile, limit)
-        .map_err(|e| Failure::other(format!("cannot set the limit of open files: {e}")))?;
-    rustix::process::umask(Mode::WGRP | Mode::WOTH);
-    Ok(())
-}
 
 /// Becomes `user`, with docker's capabilities if that is root and none if not.
 pub fn become_user(user: &User) -> Result<(), Failure> {
@@ -214,7 +202,7 @@ impl Program {
         if error.kind() == io::ErrorKind::NotFound {
             return Failure {
                 reason: StartFailure::NotFound,
-                message: format!("exec: {path:?}: no such file or directory: its interpreter"),
+                message: format!("exec: {path:?}: no such file or directory (its interpreter)"),
             };
         }
         cannot_run(&self.command, &error)

@@ -34,28 +34,33 @@ impl ForkPoint {
     /// Rings the fork point until this is a child, and makes its identity hold.
     /// An error must end the guest: nothing may run under a twin's identity.
     pub fn become_child(&self) -> Result<(), String> {
+        let generation = self.take_identity();
+        // The entropy has been passed by value: whoever freezes this child is
+        // not to find it in what the calls have left.
+        sys::wipe_stack();
+        self.doorbell.identity_applied(generation?);
+        Ok(())
+    }
+
+    /// A function of its own so that its frame can be wiped.
+    #[inline(never)]
+    fn take_identity(&self) -> Result<u64, String> {
         let identity = loop {
             self.doorbell.fork_point();
-            let mut bytes = self.page.read();
-            let identity = Identity::from_bytes(&bytes);
-            sys::wipe(&mut bytes);
-            match identity {
+            match Identity::from_bytes(&self.page.read()) {
                 Ok(identity) => break identity,
                 Err(Invalid::NoMagic) => {}
                 Err(e) => return Err(e.to_string()),
             }
         };
         self.page.wipe_entropy();
-        let generation = identity.generation;
-        self.apply(identity)?;
-        self.doorbell.identity_applied(generation);
-        Ok(())
+        self.apply(&identity)?;
+        Ok(identity.generation)
     }
 
-    fn apply(&self, mut identity: Identity) -> Result<(), String> {
-        let reseeded = sys::reseed(self.random.as_fd(), &identity.entropy);
-        sys::wipe(&mut identity.entropy);
-        reseeded.map_err(|e| format!("cannot reseed the kernel's random numbers: {e}"))?;
+    fn apply(&self, identity: &Identity) -> Result<(), String> {
+        sys::reseed(self.random.as_fd(), &identity.entropy)
+            .map_err(|e| format!("cannot reseed the kernel's random numbers: {e}"))?;
         clock_settime(ClockId::Realtime, timespec(identity.realtime_ns))
             .map_err(|e| format!("cannot set the clock: {e}"))?;
         rustix::system::sethostname(identity.hostname().as_bytes())

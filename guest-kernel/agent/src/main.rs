@@ -2,10 +2,12 @@
 
 use rustix::fd::AsFd;
 use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::{RebootCommand, reboot};
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::OnceLock;
+use std::time::Duration;
 use vm_run_abi::protocol::PORT;
 use vm_run_agent::devices::Rules;
 use vm_run_agent::doorbell::Doorbell;
@@ -15,9 +17,11 @@ use vm_run_agent::serve::Server;
 use vm_run_agent::spawn::Resources;
 use vm_run_agent::{check, mounts, sys};
 
-/// The limit of open files in a container: what docker's daemon runs with, and
-/// the kernel's own bound (fs.nr_open).
-const OPEN_FILES: u64 = 1 << 20;
+/// The limits that a container inherits: what docker's daemon runs with. The
+/// kernel's own bound of open files is this too (fs.nr_open); its default of
+/// processes goes by the memory, which is for the host to limit.
+const LIMITS: [(Resource, Option<u64>); 2] =
+    [(Resource::Nofile, Some(1 << 20)), (Resource::Nproc, None)];
 
 /// The way to the monitor's user, once there is one.
 static DOORBELL: OnceLock<Doorbell> = OnceLock::new();
@@ -63,6 +67,7 @@ fn boot() -> Result<(ForkPoint, Server), String> {
     };
     check_machine(has_devtmpfs, &disks)?;
 
+    set_limits()?;
     sys::loopback_up().map_err(|e| format!("cannot bring the loopback interface up: {e}"))?;
     let fork_point = ForkPoint::prepare(doorbell)?;
     let server = prepare_server(disks)?;
@@ -70,6 +75,17 @@ fn boot() -> Result<(ForkPoint, Server), String> {
     // and its page faults are not the child's to pay.
     mlockall(MlockAllFlags::CURRENT).map_err(|e| format!("cannot lock memory: {e}"))?;
     Ok((fork_point, server))
+}
+
+fn set_limits() -> Result<(), String> {
+    for (resource, limit) in LIMITS {
+        let both = Rlimit {
+            current: limit,
+            maximum: limit,
+        };
+        setrlimit(resource, both).map_err(|e| format!("cannot set limits: {e}"))?;
+    }
+    Ok(())
 }
 
 /// Mounts what is left to mount, and looks whether anything is missing.
@@ -93,7 +109,6 @@ fn prepare_server(disks: Disks) -> Result<Server, String> {
         disks,
         cgroup: mounts::make_cgroup("container")?,
         rules: load_rules().map_err(|e| format!("cannot load the rules for devices: {e}"))?,
-        open_files: OPEN_FILES,
     };
     let listener = sys::listen_vsock(PORT).map_err(|e| format!("cannot listen on vsock: {e}"))?;
     let signals = sys::child_signals().map_err(|e| format!("cannot watch for SIGCHLD: {e}"))?;
@@ -135,9 +150,11 @@ fn power_off() -> ! {
     if let Some(doorbell) = DOORBELL.get() {
         doorbell.power_off();
     }
-    // No monitor listens, or none that knows the doorbell.
+    // A monitor stops the machine at that store or soon after it. Where none
+    // listens a reset is the next best.
+    std::thread::sleep(Duration::from_secs(1));
     reboot(RebootCommand::Restart).ok();
     loop {
-        std::thread::sleep(std::time::Duration::from_secs(3600));
+        std::thread::sleep(Duration::from_secs(3600));
     }
 }

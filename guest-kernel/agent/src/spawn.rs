@@ -38,8 +38,6 @@ pub struct Resources {
     /// What it may open. The rules are applied by its first process, which has
     /// its disks to mount before.
     pub rules: Rules,
-    /// The limit of open files, soft and hard.
-    pub open_files: u64,
 }
 
 /// A process on its way to its program.
@@ -192,7 +190,7 @@ fn prepare(
     if container.writable == Writable::Nothing {
         mounts::make_read_only("/", MountFlags::NOATIME)?;
     }
-    exec::set_limits(resources.open_files)?;
+    rustix::process::umask(Mode::WGRP | Mode::WOTH);
     exec::become_user(&user)?;
     let program = Program::find(process, &user)?;
     sys::close_on_exec_from_3()

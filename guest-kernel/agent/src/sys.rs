@@ -220,28 +220,28 @@ const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
 
 /// Mixes `entropy` into the kernel's pool, all of its bits credited, and makes
 /// the CRNG take a new key from it at once. `random` is an open /dev/urandom.
-/// The copy made here is wiped.
 pub fn reseed(random: BorrowedFd<'_>, entropy: &[u8; ENTROPY_LEN]) -> io::Result<()> {
-    let mut info = RandPoolInfo {
+    let info = RandPoolInfo {
         entropy_count: (ENTROPY_LEN * 8) as libc::c_int,
         buf_size: ENTROPY_LEN as libc::c_int,
         buf: *entropy,
     };
     // SAFETY: the kernel reads the header and `buf_size` bytes after it, all
     // inside `info`.
-    let added = check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) });
-    wipe(&mut info.buf);
-    added?;
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) })?;
     // SAFETY: this request takes no argument.
     check(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) })?;
     Ok(())
 }
 
-/// Overwrites a secret; the stores are not optimised away.
-pub fn wipe(secret: &mut [u8]) {
-    for byte in secret {
-        // SAFETY: `byte` is a valid, exclusive reference.
-        unsafe { ptr::write_volatile(byte, 0) };
+/// Overwrites 4 KiB of stack below the caller's frame, where functions that have
+/// returned may have left secrets.
+#[inline(never)]
+pub fn wipe_stack() {
+    let mut below = [0_u64; 512];
+    for word in &mut below {
+        // SAFETY: `word` is a valid, exclusive reference.
+        unsafe { ptr::write_volatile(word, 0) };
     }
 }
 

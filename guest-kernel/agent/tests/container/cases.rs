@@ -23,6 +23,7 @@ pub const ALL: &[Case] = cases![
     commands_that_cannot_run_are_told_apart,
     signals_reach_the_process,
     a_terminal_is_one,
+    a_terminal_delivers_what_was_written_last,
     users_are_those_of_the_image,
     privileges_are_dockers,
     surroundings_are_dockers,
@@ -200,6 +201,19 @@ fn a_terminal_is_one(images: &Images) {
     let mut rest = Vec::new();
     terminal.read_to_end(&mut rest).unwrap();
     assert_eq!([agent.event(), agent.event()], ended(9)[..]);
+}
+
+fn a_terminal_delivers_what_was_written_last(images: &Images) {
+    let mut agent = Agent::start(images);
+    let (container, mut process) = process(&["seq", "1", "200000"]);
+    process.streams = vec![Stream::Terminal];
+    let mut terminal = agent.stream(Stream::Terminal);
+    agent.send(&Request::StartContainer { container, process });
+    std::thread::sleep(Duration::from_millis(200));
+    let mut all = String::new();
+    terminal.read_to_string(&mut all).unwrap();
+    assert_eq!(all.lines().count(), 200_000);
+    assert_eq!(all.lines().last(), Some("200000"));
 }
 
 fn users_are_those_of_the_image(images: &Images) {

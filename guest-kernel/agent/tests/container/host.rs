@@ -4,6 +4,7 @@
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -47,8 +48,12 @@ pub fn serve(args: &[String]) -> ExitCode {
         },
         cgroup,
         rules: Rules::load().unwrap(),
-        open_files: 4096,
     };
+    let limit = Rlimit {
+        current: Some(4096),
+        maximum: Some(4096),
+    };
+    setrlimit(Resource::Nofile, limit).unwrap();
     let signals = sys::child_signals().unwrap();
     let mut server = Server::new(OwnedFd::from(listener), signals, resources).unwrap();
     server.run().unwrap();
