@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Read;
 
 use arbitrary::Arbitrary;
+use devices::testing::Buffer;
 use devices::virtio::{Block, BlockState};
 use harness::{Action, Hostile};
 use libfuzzer_sys::fuzz_target;
@@ -14,9 +15,63 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 const FILE_LEN: u64 = 64 << 10;
 
 #[derive(Arbitrary, Debug)]
+enum Step {
+    Guest(Action),
+    /// Of the right form.
+    Request {
+        kind: u8,
+        sector: u8,
+        bytes: Vec<u8>,
+        room: u16,
+    },
+    /// A discard or write-zeroes of one segment.
+    Clear {
+        kind: u8,
+        sector: u8,
+        sectors: u8,
+        flags: u8,
+    },
+}
+
+#[derive(Arbitrary, Debug)]
 struct Input {
     read_only: bool,
-    actions: Vec<Action>,
+    steps: Vec<Step>,
+}
+
+fn header(kind: u8, sector: u8) -> Buffer {
+    let mut raw = u32::from(kind).to_le_bytes().to_vec();
+    raw.extend([0; 4]);
+    raw.extend(u64::from(sector).to_le_bytes());
+    Buffer::Out(raw)
+}
+
+fn act(hostile: &mut Hostile<Block>, step: Step, bind: impl Fn(&BlockState) -> Block) {
+    match step {
+        Step::Guest(action) => hostile.act(action, bind),
+        Step::Request {
+            kind,
+            sector,
+            bytes,
+            room,
+        } => {
+            let (out, room) = (Buffer::Out(bytes), Buffer::In(room.into()));
+            let status = Buffer::In(1);
+            hostile.submit(0, &[header(kind % 16, sector), out, room, status]);
+        }
+        Step::Clear {
+            kind,
+            sector,
+            sectors,
+            flags,
+        } => {
+            let mut segment = u64::from(sector).to_le_bytes().to_vec();
+            segment.extend(u32::from(sectors).to_le_bytes());
+            segment.extend(u32::from(flags % 4).to_le_bytes());
+            let kind = 11 + 2 * (kind % 2);
+            hostile.submit(0, &[header(kind, 0), Buffer::Out(segment), Buffer::In(1)]);
+        }
+    }
 }
 
 fuzz_target!(|input: Input| {
@@ -32,8 +87,8 @@ fuzz_target!(|input: Input| {
     let bind =
         |state: &BlockState| Block::restore(state, file.try_clone().ok()).expect("a good state");
     let mut hostile = Hostile::new(bind(&state));
-    for action in input.actions {
-        hostile.act(action, bind);
+    for step in input.steps {
+        act(&mut hostile, step, bind);
     }
     hostile.guest.run();
     assert_eq!(file.metadata().expect("memfd").len(), FILE_LEN);

@@ -6,6 +6,8 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 use arbitrary::Arbitrary;
+use devices::testing::Buffer;
+use devices::virtio::vsock::FIRST_PORT;
 use devices::virtio::{Vsock, VsockState};
 use harness::{Action, Hostile};
 use libfuzzer_sys::fuzz_target;
@@ -32,6 +34,10 @@ enum Step {
     /// Room for a packet of the device.
     Room(u16),
     Connect,
+    /// Connects, and the guest accepts.
+    Establish {
+        buf_alloc: u32,
+    },
     HostWrite {
         connection: u8,
         len: u16,
@@ -56,6 +62,8 @@ fn restore(state: &VsockState) -> Vsock {
 struct World {
     hostile: Hostile<Vsock>,
     streams: Vec<UnixStream>,
+    /// Number of ports that the host has used.
+    ports: u32,
 }
 
 impl World {
@@ -64,20 +72,29 @@ impl World {
         self.streams.get_mut(usize::from(index) % count)
     }
 
-    /// Makes one buffer available, with `bytes` for the device or `room` of it.
-    fn submit(&mut self, queue: usize, bytes: &[u8], room: u16) {
-        let guest = &mut self.hostile.guest;
-        if !guest.is_set_up() || guest.room(queue) == 0 {
-            return;
+    fn connect(&mut self) {
+        let connected = self.hostile.guest.device().device_mut().connect(PORT);
+        if let Ok(stream) = connected {
+            stream.set_nonblocking(true).expect("non-blocking");
+            self.streams.push(stream);
+            self.ports += 1;
         }
-        let buffer = if bytes.is_empty() {
-            devices::testing::Buffer::In(room.into())
-        } else {
-            devices::testing::Buffer::Out(bytes.to_vec())
-        };
-        let head = guest.make_chain(queue, &[buffer]);
-        guest.make_available(queue, head);
-        guest.write(0x50, queue as u32);
+    }
+
+    /// Makes a packet of the guest available.
+    fn packet(&mut self, port: u32, op: u8, flags: u8, credit: [u32; 2], len: u32, payload: &[u8]) {
+        let mut packet = Vec::new();
+        packet.extend(GUEST_CID.to_le_bytes());
+        packet.extend(HOST_CID.to_le_bytes());
+        packet.extend(PORT.to_le_bytes());
+        packet.extend(port.to_le_bytes());
+        packet.extend(len.to_le_bytes());
+        packet.extend(1u16.to_le_bytes());
+        packet.extend(u16::from(op).to_le_bytes());
+        packet.extend(u32::from(flags).to_le_bytes());
+        packet.extend(credit.map(u32::to_le_bytes).concat());
+        packet.extend(payload);
+        self.hostile.submit(1, &[Buffer::Out(packet)]);
     }
 
     fn step(&mut self, step: Step) {
@@ -95,27 +112,18 @@ impl World {
             } => {
                 let payload = vec![7; usize::from(payload)];
                 let len = payload.len() as u32 + u32::from(lie / 250);
-                let mut packet = Vec::new();
-                packet.extend(GUEST_CID.to_le_bytes());
-                packet.extend(HOST_CID.to_le_bytes());
-                packet.extend(PORT.to_le_bytes());
-                packet.extend((1024 + u32::from(connection % 8)).to_le_bytes());
-                packet.extend(len.to_le_bytes());
-                packet.extend(1u16.to_le_bytes());
-                packet.extend(u16::from(op % 9).to_le_bytes());
-                packet.extend(u32::from(flags).to_le_bytes());
-                packet.extend(buf_alloc.to_le_bytes());
-                packet.extend(fwd_cnt.to_le_bytes());
-                packet.extend(payload);
-                self.submit(1, &packet, 0);
+                let port = FIRST_PORT + u32::from(connection) % self.ports.max(1);
+                self.packet(port, op % 9, flags, [buf_alloc, fwd_cnt], len, &payload);
             }
-            Step::Room(room) => self.submit(0, &[], room),
-            Step::Connect => {
-                let connected = self.hostile.guest.device().device_mut().connect(PORT);
-                if let Ok(stream) = connected {
-                    stream.set_nonblocking(true).expect("non-blocking");
-                    self.streams.push(stream);
-                }
+            Step::Room(room) => self.hostile.submit(0, &[Buffer::In(room.into())]),
+            Step::Connect => self.connect(),
+            Step::Establish { buf_alloc } => {
+                self.connect();
+                self.hostile.submit(0, &[Buffer::In(4096)]);
+                self.hostile.guest.run();
+                let port = FIRST_PORT + self.ports.saturating_sub(1);
+                self.packet(port, 2, 0, [buf_alloc, 0], 0, &[]);
+                self.hostile.guest.run();
             }
             Step::HostWrite { connection, len } => {
                 if let Some(stream) = self.stream(connection) {
@@ -151,6 +159,7 @@ fuzz_target!(|steps: Vec<Step>| {
     let mut world = World {
         hostile: Hostile::new(restore(&VsockState::default())),
         streams: Vec::new(),
+        ports: 0,
     };
     for step in steps {
         world.step(step);

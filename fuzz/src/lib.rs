@@ -3,7 +3,7 @@
 
 use arbitrary::Arbitrary;
 use devices::MmioDevice;
-use devices::testing::FakeGuest;
+use devices::testing::{self, FakeGuest};
 use devices::virtio::VirtioDevice;
 use devices::virtio::mmio::register;
 use vm_memory::{Bytes, GuestAddress};
@@ -136,6 +136,15 @@ impl<D: VirtioDevice> Hostile<D> {
             Action::Notify { queue } => self.guest.write(register::QUEUE_NOTIFY, queue.into()),
             Action::Run => self.guest.run(),
             Action::Fork => self.fork(restore),
+        }
+    }
+
+    /// An honest request, so that the fuzzer need not guess its form.
+    pub fn submit(&mut self, queue: usize, buffers: &[testing::Buffer]) {
+        if self.guest.is_set_up() && self.guest.room(queue) >= buffers.len() {
+            let head = self.guest.make_chain(queue, buffers);
+            self.guest.make_available(queue, head);
+            self.guest.write(register::QUEUE_NOTIFY, queue as u32);
         }
     }
 

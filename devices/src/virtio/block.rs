@@ -356,20 +356,12 @@ struct Segment {
 
 impl Backing {
     fn bind(file: File, capacity: u64, read_only: bool) -> Result<Self, BlockError> {
-        let metadata = file.metadata().map_err(BlockError::Io)?;
-        if !metadata.is_file() {
+        let metadata = || file.metadata().map_err(BlockError::Io);
+        if !metadata()?.is_file() {
             return Err(BlockError::NotAFile);
-        }
-        let len = metadata.len();
-        if len > capacity {
-            return Err(BlockError::FileTooLarge {
-                file: len,
-                capacity,
-            });
         }
         let flags = fcntl_getfl(&file).map_err(|e| BlockError::Io(e.into()))?;
         match flags & OFlags::ACCMODE {
-            // O_RDONLY is the absence of the other two.
             mode if mode == OFlags::RDWR => {}
             mode if mode == OFlags::RDONLY && read_only => {}
             _ => return Err(BlockError::Access),
@@ -383,6 +375,14 @@ impl Backing {
             Errno::WOULDBLOCK => BlockError::InUse,
             other => BlockError::Io(other.into()),
         })?;
+        // Only now: nobody else of ours changes it any more.
+        let len = metadata()?.len();
+        if len > capacity {
+            return Err(BlockError::FileTooLarge {
+                file: len,
+                capacity,
+            });
+        }
         Ok(Self { file, len })
     }
 

@@ -337,6 +337,21 @@ fn a_request_without_header_or_status_stops_the_device() {
 }
 
 #[test]
+fn a_host_that_cannot_write_gives_the_guest_an_error() {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+    let disk = memfd_create("disk", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&disk, 4096).unwrap();
+    fcntl_add_seals(&disk, SealFlags::WRITE).unwrap();
+    let mut guest = boot(false, Some(File::from(disk)));
+    for _ in 0..2 {
+        assert_eq!(write(&mut guest, 0, &[1; 512]), S_IOERR);
+        assert_eq!(command(&mut guest, T_DISCARD, segment(0, 8, 0)), S_IOERR);
+    }
+    assert_eq!(read(&mut guest, 0, 512), (S_OK, vec![0; 512]));
+    assert!(!guest.needs_reset());
+}
+
+#[test]
 fn many_requests_at_once_are_all_answered() {
     let disk = file(1 << 20);
     let mut guest = boot(false, Some(open(disk.path())));
