@@ -12,7 +12,7 @@ const VARIABLE: &str = "VM_RUN_GUEST";
 pub struct Found {
     /// Kernel and agent.
     pub guest: Guest,
-    /// An empty ext4, copied for each child.
+    /// An empty ext4, written out for each child: see [`crate::disk`].
     pub writable: PathBuf,
     /// What `cargo xtask guest` says that the digest of both is.
     noted_digest: Option<String>,
@@ -62,7 +62,7 @@ pub fn find(chosen: &GuestArgs) -> Result<Found> {
     let mut found = found.with_context(|| {
         let places: Vec<_> = candidates.iter().map(|d| d.display().to_string()).collect();
         format!(
-            "no guest (vmlinux, initramfs, writable.ext4) in {}: run cargo xtask guest, or set {VARIABLE}",
+            "no guest (vmlinux, initramfs, writable.blocks) in {}: run cargo xtask guest, or set {VARIABLE}",
             places.join(", ")
         )
     })?;
@@ -82,7 +82,7 @@ pub fn find(chosen: &GuestArgs) -> Result<Found> {
 }
 
 fn in_dir(dir: &Path) -> Option<Found> {
-    let writable = dir.join("writable.ext4");
+    let writable = dir.join("writable.blocks");
     let guest = Guest::in_dir(dir)?;
     let noted_digest = std::fs::read_to_string(dir.join("digest"))
         .ok()

@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod disk;
 mod doctor;
 mod guest;
 mod image;

@@ -4,16 +4,12 @@ use crate::args::size;
 use crate::image::{self, ImageConfig, Store};
 use crate::stdio::Stdio;
 use crate::templates::{self, MachineArgs};
-use crate::{guest, signals};
+use crate::{disk, guest, signals};
 use anyhow::{Context, Result, bail};
 use fork::{
     ContainerSpec, Disks, Error, ForkSpec, Host, ProcessSpec, StartFailure, Stream, Writable,
 };
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -63,7 +59,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     stages: Option<PathBuf>,
     /// IMAGE [COMMAND [ARG...]], or with --rootfs only the command
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "IMAGE [COMMAND...]")]
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "IMAGE [COMMAND...]"
+    )]
     words: Vec<String>,
 }
 
@@ -79,7 +79,10 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
     let rootfs = File::open(&plan.rootfs)
         .with_context(|| format!("cannot open {}", plan.rootfs.display()))?;
     let writable = match plan.container.writable {
-        Writable::Disk => Some(new_disk(root)?),
+        Writable::Disk => {
+            let empty = guest::find(&guest::GuestArgs::default())?.writable;
+            Some(disk::new_disk(&empty, root)?)
+        }
         _ => None,
     };
     let signals = signals::Catcher::new()?;
@@ -216,40 +219,6 @@ fn random_id() -> Result<String> {
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
         .context("getrandom")?;
     Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
-}
-
-/// A writable disk of the child's own: a copy of the empty one that came with
-/// the guest, without a name, so that it goes with its last user.
-fn new_disk(root: &Path) -> Result<File> {
-    let empty = guest::find(&guest::GuestArgs::default())?.writable;
-    let copy = || -> io::Result<File> {
-        let from = File::open(&empty)?;
-        let to = tempfile::tempfile_in(root)?;
-        copy_sparse(&from, &to)?;
-        Ok(to)
-    };
-    copy().with_context(|| format!("cannot copy {} into {}", empty.display(), root.display()))
-}
-
-fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
-    let len = from.metadata()?.len();
-    to.set_len(len)?;
-    let mut buffer = vec![0; 1 << 16];
-    let mut at = 0;
-    loop {
-        at = match seek(from, SeekFrom::Data(at)) {
-            Ok(data) => data,
-            Err(Errno::NXIO) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(from, SeekFrom::Hole(at))?;
-        while at < end {
-            let part = (end - at).min(buffer.len() as u64) as usize;
-            from.read_exact_at(&mut buffer[..part], at)?;
-            to.write_all_at(&buffer[..part], at)?;
-            at += part as u64;
-        }
-    }
 }
 
 #[cfg(test)]

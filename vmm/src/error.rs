@@ -105,6 +105,9 @@ pub enum Error {
     /// A state that does not describe a machine of ours.
     #[error("the saved state is not usable: {0}")]
     State(String),
+    /// A guest of ours that should have run and did not.
+    #[error("{0}")]
+    Guest(String),
     /// A device refused its state or its file.
     #[error("{device}: {reason}")]
     Device {

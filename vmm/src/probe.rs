@@ -38,7 +38,7 @@ impl Host {
                 Ok(Event::Entered(_)) => {}
                 Ok(Event::Answer { value: 0, .. }) => break Ok(Isolation::Hardware),
                 Ok(Event::Answer { .. }) => break Ok(Isolation::SyscallStaysInUserMode),
-                Ok(Event::Failed(reason)) => break Err(Error::State(reason)),
+                Ok(Event::Failed(reason)) => break Err(Error::Guest(reason)),
                 Ok(_) | Err(_) => break Err(Error::Unresponsive(0)),
             }
         };

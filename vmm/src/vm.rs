@@ -423,7 +423,7 @@ impl Vcpu {
     fn kick(&self) {
         if let Some(thread) = &self.thread
             && !thread.is_finished()
-            && let Err(error) = thread.kill(kick::signal() - vmm_sys_util::signal::SIGRTMIN())
+            && let Err(error) = thread.kill(kick::signal())
         {
             log::debug!("vCPU {} is gone: {error}", self.id);
         }

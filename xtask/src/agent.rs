@@ -26,7 +26,7 @@ pub fn ensure() -> Result<PathBuf> {
     let agent = fs::read(&agent).with_context(|| format!("cannot read {}", agent.display()))?;
     let archive = initramfs(&agent)?;
     let dir = host::cache_dir()?
-        .join("guest")
+        .join("agent")
         .join(host::key(&[&archive]));
     let path = dir.join("initramfs");
     if !path.exists() {

@@ -2,6 +2,7 @@
 //! at home.
 
 mod agent;
+mod guest;
 mod host;
 mod images;
 mod kernel;
@@ -21,6 +22,8 @@ struct Args {
 enum Task {
     /// Build the guest's agent and pack it as an initramfs (cached by content)
     Agent(agent::Args),
+    /// Build the guest: kernel, agent and the empty writable disk
+    Guest,
     /// Make the demo's images from Debian packages (cached by content)
     Images,
     /// Build the guest kernel (cached by content)
@@ -32,6 +35,7 @@ enum Task {
 fn main() -> Result<()> {
     match Args::parse().task {
         Task::Agent(args) => agent::run(&args),
+        Task::Guest => guest::ensure().map(|dir| println!("{}", dir.display())),
         Task::Images => images::run(),
         Task::Kernel(args) => kernel::run(&args),
         Task::Vmhost(args) => vmhost::run(&args),

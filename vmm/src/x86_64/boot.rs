@@ -10,7 +10,7 @@ use vm_run_abi::PAGE_SIZE;
 
 const CR0_PE_ET_NE_WP_PG: u64 = 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
 const CR4_PAE_OSFXSR_OSXMMEXCPT: u64 = 1 << 5 | 1 << 9 | 1 << 10;
-const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
+const EFER_SCE_LME_LMA: u64 = 1 | 1 << 8 | 1 << 10;
 const PRESENT_WRITE_USER: u64 = 7;
 const HUGE: u64 = 1 << 7;
 
@@ -93,7 +93,7 @@ pub(crate) fn set_long_mode(sregs: &mut kvm_sregs, ring: Ring) {
     sregs.cr0 = CR0_PE_ET_NE_WP_PG;
     sregs.cr3 = PAGE_TABLES;
     sregs.cr4 = CR4_PAE_OSFXSR_OSXMMEXCPT;
-    sregs.efer = EFER_LME_LMA;
+    sregs.efer = EFER_SCE_LME_LMA;
 }
 
 /// The general registers at `entry`. RSI points to the zero page.

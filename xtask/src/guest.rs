@@ -1,0 +1,114 @@
+//! `cargo xtask guest`: kernel, agent and the empty writable disk, in one
+//! directory of the cache, where vm-run finds them.
+
+use crate::{agent, host, kernel};
+use anyhow::{Context, Result};
+use sha2::{Digest, Sha256};
+use std::fs;
+use std::os::unix::fs::{FileExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// The size of a container's writable layer. A sparse file: what is not written
+/// takes no room.
+const WRITABLE_BYTES: u64 = 10 << 30;
+
+/// All that mke2fs writes lies before this, by packed_meta_blocks: 160 MiB of
+/// inode tables that are not written, and the root directory after them.
+const PACKED_BYTES: u64 = 512 << 20;
+
+/// Builds what is missing and returns the directory. `current` beside it points
+/// to it.
+pub fn ensure() -> Result<PathBuf> {
+    let kernel = kernel::ensure()?;
+    let initramfs = agent::ensure()?;
+    let parts = [&kernel, &initramfs]
+        .map(|path| fs::read(path).with_context(|| format!("cannot read {}", path.display())));
+    let [kernel_bytes, initramfs_bytes] = parts;
+    let (kernel_bytes, initramfs_bytes) = (kernel_bytes?, initramfs_bytes?);
+    let all = host::cache_dir()?.join("guest");
+    let name = host::key(&[
+        &kernel_bytes,
+        &initramfs_bytes,
+        &WRITABLE_BYTES.to_le_bytes(),
+    ]);
+    let dir = all.join(&name);
+    if !dir.is_dir() {
+        let unfinished = all.join(format!(".{name}.{}", std::process::id()));
+        fs::create_dir_all(&unfinished)
+            .with_context(|| format!("cannot make {}", unfinished.display()))?;
+        fs::write(unfinished.join("vmlinux"), &kernel_bytes)?;
+        fs::write(unfinished.join("initramfs"), &initramfs_bytes)?;
+        fs::write(
+            unfinished.join("digest"),
+            digest(&[&kernel_bytes, &initramfs_bytes]),
+        )?;
+        fs::write(unfinished.join("writable.blocks"), empty_disk(&unfinished)?)?;
+        // Another process may have been faster: its directory is the same.
+        if let Err(error) = fs::rename(&unfinished, &dir)
+            && !dir.is_dir()
+        {
+            return Err(error).with_context(|| format!("cannot make {}", dir.display()));
+        }
+    }
+    point_to(&all.join("current"), &name)?;
+    Ok(dir)
+}
+
+/// The digest that vm-run computes of the two files: see `fork::Guest::digest`.
+fn digest(files: &[&[u8]]) -> String {
+    let mut all = Sha256::new();
+    for file in files {
+        all.update(Sha256::digest(file));
+    }
+    all.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// An empty ext4, as the list of its blocks that src/disk.rs reads. No journal,
+/// as it lives no longer than its container; nothing written that can be
+/// written later, and no copies of the superblock, so that the list is short.
+fn empty_disk(dir: &Path) -> Result<Vec<u8>> {
+    host::apt_install(&["e2fsprogs"])?;
+    let path = dir.join("ext4");
+    fs::File::create(&path)?.set_len(WRITABLE_BYTES)?;
+    host::run(
+        Command::new("mke2fs")
+            .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0"])
+            .args(["-O", "^has_journal,^resize_inode,sparse_super2"])
+            .args([
+                "-E",
+                "lazy_itable_init=1,packed_meta_blocks=1,nodiscard,root_owner=0:0,num_backup_sb=0",
+            ])
+            // The same bytes at every build.
+            .args(["-U", "6e1f8a3c-0000-4000-8000-766d2d72756e"])
+            .args(["-L", "writable"])
+            .arg(&path)
+            .env("E2FSPROGS_FAKE_TIME", "1")
+            .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+            .stdout(Stdio::null()),
+    )?;
+    let blocks = written_blocks(&fs::File::open(&path)?)?;
+    fs::remove_file(&path)?;
+    Ok(blocks)
+}
+
+fn written_blocks(disk: &fs::File) -> Result<Vec<u8>> {
+    let mut list = b"vmrunblk".to_vec();
+    list.extend(WRITABLE_BYTES.to_le_bytes());
+    let mut block = [0; 4096];
+    for offset in (0..PACKED_BYTES).step_by(block.len()) {
+        disk.read_exact_at(&mut block, offset)?;
+        if block.iter().any(|byte| *byte != 0) {
+            list.extend(offset.to_le_bytes());
+            list.extend(block);
+        }
+    }
+    Ok(list)
+}
+
+fn point_to(link: &Path, target: &str) -> Result<()> {
+    let unfinished = link.with_extension(std::process::id().to_string());
+    symlink(target, &unfinished)
+        .and_then(|()| fs::rename(&unfinished, link))
+        .with_context(|| format!("cannot make {}", link.display()))
+}
