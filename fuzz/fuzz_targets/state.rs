@@ -15,57 +15,86 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 struct Queue {
     order: u8,
     ready: bool,
-    addresses: [u32; 3],
-    indices: [u16; 2],
+    /// In units of 16 bytes, so that most are in memory.
+    addresses: [u16; 3],
+    /// Added to one of them, now and then.
+    wild: Option<(u8, u64)>,
+    next_avail: u16,
+    in_flight: u16,
 }
 
 #[derive(Arbitrary, Debug)]
 struct Input {
     selects: [u32; 3],
     features: u64,
-    status: u32,
-    interrupt_status: u32,
+    /// Index of a legal status, or one that need not be.
+    status: Result<u8, u32>,
+    interrupt_status: u8,
     generation: u32,
     pending: u32,
-    queues: Vec<Queue>,
-    guest_cid: u64,
-    next_port: u32,
+    queues: [Queue; 3],
+    queue_count: u8,
+    /// Instead of the defaults.
+    vsock: Option<(u64, u32)>,
     lost_connections: bool,
     memory: Vec<u8>,
     writes: Vec<(u8, u32)>,
 }
 
+/// What a driver goes through, and a device that broke on it.
+const STATUS: [u32; 6] = [0, 1, 3, 0b1011, 0b1111, 0b100_1111];
+const VERSION_1: u64 = 1 << 32;
+
+fn queue(queue: &Queue) -> QueueState {
+    let mut addresses = queue.addresses.map(|address| 16 * u64::from(address));
+    if let Some((which, offset)) = queue.wild {
+        let address = &mut addresses[usize::from(which % 3)];
+        *address = address.wrapping_add(offset);
+    }
+    let [desc_table, avail_ring, used_ring] = addresses;
+    QueueState {
+        size: 1u16.checked_shl((queue.order % 17).into()).unwrap_or(0),
+        ready: queue.ready,
+        desc_table,
+        avail_ring,
+        used_ring,
+        next_avail: queue.next_avail,
+        next_used: queue.next_avail.wrapping_sub(queue.in_flight),
+    }
+}
+
 fuzz_target!(|input: Input| {
-    let Ok(device) = Vsock::restore(&VsockState {
-        guest_cid: input.guest_cid % 8,
-        next_port: input.next_port,
+    let mut vsock = VsockState {
         lost_connections: input.lost_connections,
-    }) else {
+        ..VsockState::default()
+    };
+    if let Some((guest_cid, next_port)) = input.vsock {
+        vsock.guest_cid = guest_cid;
+        vsock.next_port = next_port;
+    }
+    let Ok(device) = Vsock::restore(&vsock) else {
         return;
     };
     let memory = testing::memory();
     memory
-        .write_slice(&input.memory, GuestAddress(0x1000))
+        .write_slice(&input.memory, GuestAddress(0))
         .expect("memory");
-    let queues = input.queues.iter().map(|queue| QueueState {
-        size: 1u16.checked_shl(queue.order.into()).unwrap_or(0),
-        ready: queue.ready,
-        desc_table: queue.addresses[0].into(),
-        avail_ring: queue.addresses[1].into(),
-        used_ring: queue.addresses[2].into(),
-        next_avail: queue.indices[0],
-        next_used: queue.indices[1],
-    });
     let state = TransportState {
         device_features_sel: input.selects[0],
         driver_features_sel: input.selects[1],
-        driver_features: input.features & (0b111 << 28 | 1 << 32 | 1),
+        driver_features: input.features & (0b111 << 28 | 1) | VERSION_1,
         queue_sel: input.selects[2],
-        status: input.status & 0xcf,
-        interrupt_status: input.interrupt_status & 7,
+        status: match input.status {
+            Ok(index) => STATUS[usize::from(index) % STATUS.len()],
+            Err(any) => any,
+        },
+        interrupt_status: (input.interrupt_status % 8).into(),
         config_generation: input.generation,
         pending_queues: input.pending,
-        queues: queues.collect(),
+        queues: input.queues[..usize::from(input.queue_count % 4)]
+            .iter()
+            .map(queue)
+            .collect(),
     };
     let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
     let Ok(transport) = MmioTransport::restore(device, memory.clone(), irq, &state) else {
@@ -73,11 +102,7 @@ fuzz_target!(|input: Input| {
     };
     let saved = transport.save();
     drop(transport);
-    let device = Vsock::restore(&VsockState {
-        lost_connections: input.lost_connections,
-        ..VsockState::default()
-    })
-    .expect("a good state");
+    let device = Vsock::restore(&vsock).expect("it was good before");
     let mut guest = testing::FakeGuest::power_on(device, memory, &saved);
     guest.device().kick();
     guest.run();
