@@ -1,6 +1,7 @@
 //! `vm-run image ...`: from words to a call, from its result to lines.
 
-use super::{ImageSummary, Input, Store};
+use super::archive::Input;
+use super::store::{ImageSummary, Store};
 use crate::progress::Bar;
 use anyhow::{Context, Result, bail};
 use std::io::{IsTerminal, Write};

@@ -235,7 +235,7 @@ fn xattrs_of(open: BorrowedFd<'_>, name: &[u8]) -> io::Result<Xattrs> {
     {
         match grown(|buffer| rustix::fs::lgetxattr(path.as_slice(), key, buffer)) {
             // Removed meanwhile, or not for this user's eyes.
-            Err(rustix::io::Errno::NODATA) => {}
+            Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => {}
             Err(error) => return Err(error.into()),
             Ok(value) => {
                 xattrs.insert(key.to_vec(), value);

@@ -32,7 +32,5 @@ mod store;
 mod tarball;
 mod tree;
 
-pub use archive::Input;
 pub use documents::ImageConfig;
-pub use error::ImageError;
-pub use store::{Image, ImageSummary, Loaded, Removed, Store, rootfs_from_dir};
+pub use store::{Store, rootfs_from_dir};

@@ -186,6 +186,11 @@ fn a_directory_is_one_image_until_it_changes() {
     fs::hard_link(dir.path().join("etc/passwd"), dir.path().join("hard")).unwrap();
     let first = rootfs_from_dir(&store, dir.path()).unwrap();
     assert_eq!(rootfs_from_dir(&store, dir.path()).unwrap(), first);
+    fs::write(dir.path().join("big"), vec![7; 3 * 4096 + 5]).unwrap();
+    assert_eq!(
+        unpacked_difference(&rootfs_from_dir(&store, dir.path()).unwrap(), dir.path()),
+        ""
+    );
     fs::write(dir.path().join("etc/passwd"), "toor").unwrap();
     let second = rootfs_from_dir(&store, dir.path()).unwrap();
     assert_ne!(second, first);
@@ -197,6 +202,28 @@ fn a_directory_is_one_image_until_it_changes() {
         rootfs_from_dir(&store, &dir.path().join("hard")),
         Err(ImageError::Io { .. })
     ));
+}
+
+/// What differs between a directory and an image of it that erofs-utils unpacked.
+fn unpacked_difference(image: &Path, dir: &Path) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let tree = folder.path().join("tree");
+    let extract = format!("--extract={}", tree.display());
+    let out = std::process::Command::new("fsck.erofs")
+        .args([&extract, "--no-preserve-owner"])
+        .arg(image)
+        .output();
+    let out = out.expect("fsck.erofs of Debian's erofs-utils is needed");
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    let out = std::process::Command::new("diff")
+        .args(["-r", "--no-dereference"])
+        .args([tree.as_path(), dir])
+        .output();
+    String::from_utf8(out.unwrap().stdout).unwrap()
 }
 
 /// Whatever a byte is changed to, and wherever an archive is cut, a load ends in an

@@ -135,7 +135,7 @@ fn header(kind: EntryType, mode: u32) -> Header {
 fn merged(path: &Path) -> PathBuf {
     let path = path.strip_prefix("./").unwrap_or(path);
     let inside = |name: &&str| path.starts_with(name) && path != Path::new(name);
-    match MERGED.iter().any(|name| inside(&name)) {
+    match MERGED.iter().any(|name| inside(name)) {
         true => Path::new("usr").join(path),
         false => path.to_path_buf(),
     }
