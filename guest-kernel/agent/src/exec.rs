@@ -160,9 +160,10 @@ pub struct Program {
 }
 
 impl Program {
-    /// Finds the command and completes the environment with `PATH` and `HOME`.
+    /// Finds the command and completes the environment with `PATH`, `HOME` and
+    /// `HOSTNAME`.
     /// To be called as the user that is to run it.
-    pub fn find(process: &ProcessSpec, user: &User) -> Result<Self, Failure> {
+    pub fn find(process: &ProcessSpec, user: &User, hostname: &str) -> Result<Self, Failure> {
         let command = process
             .args
             .first()
@@ -180,6 +181,9 @@ impl Program {
         let path = value_of("PATH").unwrap_or(DEFAULT_PATH);
         if value_of("PATH").is_none() {
             env.push(format!("PATH={DEFAULT_PATH}"));
+        }
+        if value_of("HOSTNAME").is_none() {
+            env.push(format!("HOSTNAME={hostname}"));
         }
         if value_of("HOME").is_none_or(str::is_empty) {
             env.retain(|v| !v.starts_with("HOME="));

@@ -169,8 +169,9 @@ fn prepare(
     let root = rootfs::mount_root(&resources.disks, &container.writable)?;
     let rules = resources.rules.apply(resources.cgroup.as_fd());
     rules.map_err(|e| Failure::other(format!("cannot restrict its devices: {e}")))?;
-    let hostname = rustix::system::uname();
-    let files = jail::generate_files(&hostname.nodename().to_string_lossy())?;
+    let system = rustix::system::uname();
+    let hostname = system.nodename().to_string_lossy();
+    let files = jail::generate_files(&hostname)?;
     jail::enter(&root)?;
     jail::mount_system()?;
     files.place()?;
@@ -192,7 +193,7 @@ fn prepare(
     }
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
     exec::become_user(&user)?;
-    let program = Program::find(process, &user)?;
+    let program = Program::find(process, &user, &hostname)?;
     sys::close_on_exec_from_3()
         .and_then(|()| sys::reset_signals())
         .map_err(|e| Failure::other(format!("cannot clean up before the exec: {e}")))?;

@@ -282,7 +282,7 @@ fn surroundings_are_dockers(images: &Images) {
         "",
     );
     has(
-        "[ $(cat /etc/hostname) = $(hostname) ] && echo same",
+        "[ $(cat /etc/hostname) = $(hostname) ] && [ $HOSTNAME = $(hostname) ] && echo same",
         "same\n",
     );
     has("grep -c localhost /etc/hosts; ls /tmp", "2\n");
