@@ -134,8 +134,10 @@ fn header(kind: EntryType, mode: u32) -> Header {
 /// A package's path in a root file system with a merged /usr.
 fn merged(path: &Path) -> PathBuf {
     let path = path.strip_prefix("./").unwrap_or(path);
-    let inside = |name: &&str| path.starts_with(name) && path != Path::new(name);
-    match MERGED.iter().any(|name| inside(name)) {
+    match MERGED
+        .iter()
+        .any(|name| path.starts_with(name) && path != Path::new(name))
+    {
         true => Path::new("usr").join(path),
         false => path.to_path_buf(),
     }
