@@ -12,7 +12,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -64,7 +64,7 @@ pub fn run(argv: &[OsString], image: &Image, options: &Options) -> Result<u8> {
     .script()?;
     let mut machine = Machine::start(image, &request, options)?;
     let outcome = machine.attend(started, options);
-    let status = machine.kill()?;
+    machine.kill()?;
     match outcome {
         Outcome::Exited(code) => {
             machine.join_copiers()?;
@@ -75,7 +75,7 @@ pub fn run(argv: &[OsString], image: &Image, options: &Options) -> Result<u8> {
         Outcome::Failed(reason) => {
             machine.join_copiers()?;
             bail!(
-                "{reason} ({status}); its console ended with:\n{}",
+                "{reason}; its console ended with:\n{}",
                 machine.console_tail()
             )
         }
@@ -220,9 +220,10 @@ impl Machine {
     }
 
     /// Kills QEMU and reaps it. What it has passed on is in the sockets.
-    fn kill(&mut self) -> Result<ExitStatus> {
+    fn kill(&mut self) -> Result<()> {
         self.qemu.kill().context("cannot kill QEMU")?;
-        self.qemu.wait().context("cannot wait for QEMU")
+        self.qemu.wait().context("cannot wait for QEMU")?;
+        Ok(())
     }
 
     /// Waits until all that a killed QEMU had passed on is written.
@@ -380,8 +381,12 @@ fn feed_stdin(mut port: UnixStream) {
         .and_then(|_| port.shutdown(Shutdown::Write));
     match sent {
         Ok(()) => {}
-        // The command ended without reading all of it.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        // The run ended before all of it was read.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+            ) => {}
         Err(error) => eprintln!("vmhost: standard input: {error}"),
     }
 }

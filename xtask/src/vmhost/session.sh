@@ -20,12 +20,15 @@ $b ln -s /proc/self/fd /dev/fd
 $b ln -s /proc/self/fd/0 /dev/stdin
 $b ln -s /proc/self/fd/1 /dev/stdout
 $b ln -s /proc/self/fd/2 /dev/stderr
-# The nodes of modules that load at first use.
-$b mknod -m 666 /dev/net/tun c 10 200
-$b mknod /dev/loop-control c 10 237
-$b mknod -m 666 /dev/fuse c 10 229
-$b mknod /dev/vhost-net c 10 238
-$b mknod /dev/vhost-vsock c 10 241
+# The nodes of modules that load at first use, where they are not built in.
+node() {
+    [ -c "$1" ] || $b mknod -m 666 "$1" c "$2" "$3"
+}
+node /dev/net/tun 10 200
+node /dev/loop-control 10 237
+node /dev/fuse 10 229
+node /dev/vhost-net 10 238
+node /dev/vhost-vsock 10 241
 $b chmod 666 /dev/kvm
 $b ip link set lo up
 ulimit -H -n 1048576
