@@ -11,8 +11,10 @@ use std::process::{Command, Stdio};
 pub fn cache_dir() -> Result<PathBuf> {
     let base = match std::env::var_os("XDG_CACHE_HOME") {
         Some(dir) => PathBuf::from(dir),
-        None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
-            .join(".cache"),
+        None => PathBuf::from(
+            std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?,
+        )
+        .join(".cache"),
     };
     let dir = base.join("vm-run");
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -34,7 +36,11 @@ pub fn key(parts: &[&[u8]]) -> String {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
-    hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect()
+    hash.finalize()
+        .iter()
+        .take(8)
+        .map(|b| format!("{b:02x}"))
+        .collect()
 }
 
 /// Runs a command to its end; an error names it.
@@ -81,6 +87,62 @@ pub fn apt_install(packages: &[&str]) -> Result<()> {
     };
     apt(&["update"])?;
     apt(&[&["install", "-y", "--no-install-recommends"], &missing[..]].concat())
+}
+
+/// The version of a package that apt would install. Refreshes apt's lists if they
+/// do not know the package.
+pub fn apt_candidate(package: &str) -> Result<String> {
+    if let Some(version) = known_candidate(package)? {
+        return Ok(version);
+    }
+    run(Command::new("apt-get")
+        .args(["-qq", "update"])
+        .stdout(Stdio::null()))?;
+    known_candidate(package)?.with_context(|| format!("apt knows no package {package}"))
+}
+
+fn known_candidate(package: &str) -> Result<Option<String>> {
+    let policy = output(
+        Command::new("apt-cache")
+            .env("LC_ALL", "C")
+            .args(["policy", package]),
+    )?;
+    Ok(policy
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Candidate: "))
+        .filter(|version| *version != "(none)")
+        .map(str::to_owned))
+}
+
+/// Downloads a package at a version into a folder, without installing it, and
+/// returns the path of its `.deb`.
+pub fn apt_download(package: &str, version: &str, folder: &Path) -> Result<PathBuf> {
+    // As root apt would drop to its own user, who may not write into the folder.
+    run(Command::new("apt-get")
+        .args(["-qq", "-o", "APT::Sandbox::User=root", "download"])
+        .arg(format!("{package}={version}"))
+        .current_dir(folder)
+        .stdout(Stdio::null()))?;
+    let prefix = format!("{package}_");
+    for entry in
+        std::fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?
+    {
+        let path = entry
+            .with_context(|| format!("cannot read {}", folder.display()))?
+            .path();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        if name.starts_with(&prefix) && name.ends_with(".deb") {
+            return Ok(path);
+        }
+    }
+    bail!(
+        "apt-get download {package}={version} left no file in {}",
+        folder.display()
+    )
 }
 
 fn is_installed(package: &str) -> bool {
