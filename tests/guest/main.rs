@@ -1,0 +1,2 @@
+//! Containers in children of a Linux guest. These tests need a KVM that runs
+//! Linux; `cargo xtask test` runs them on such a host, emulated if need be.
