@@ -115,7 +115,12 @@ pub fn measure(bench: &ForkBench, host: Arc<Host>) -> Result<Value> {
     let ratio = fork.at(50).as_secs_f64() / floor.at(50).as_secs_f64();
     let stages: serde_json::Map<String, Value> = stages
         .into_iter()
-        .map(|(name, mut s)| (name.into(), json!({ "p50": micros(s.at(50)), "p99": micros(s.at(99)) })))
+        .map(|(name, mut s)| {
+            (
+                name.into(),
+                json!({ "p50": micros(s.at(50)), "p99": micros(s.at(99)) }),
+            )
+        })
         .collect();
     Ok(json!({
         "guest": match bench.guest { GuestKind::Micro => "micro", GuestKind::Linux => "linux" },
@@ -266,6 +271,9 @@ mod tests {
         assert_eq!(s.at(50), Duration::from_micros(50));
         assert_eq!(s.at(99), Duration::from_micros(99));
         let mut one = Samples(vec![Duration::from_micros(7)]);
-        assert_eq!((one.at(50), one.at(99)), (one.at(1), Duration::from_micros(7)));
+        assert_eq!(
+            (one.at(50), one.at(99)),
+            (one.at(1), Duration::from_micros(7))
+        );
     }
 }

@@ -42,7 +42,11 @@ pub fn cli(json: bool) -> Result<u8> {
     let findings = examine();
     let mut out = std::io::stdout().lock();
     if json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&json!({ "findings": findings }))?)?;
+        writeln!(
+            out,
+            "{}",
+            serde_json::to_string_pretty(&json!({ "findings": findings }))?
+        )?;
     } else {
         for f in &findings {
             let mark = match f.level {
@@ -104,11 +108,13 @@ fn ok(name: &'static str, finding: String) -> Finding {
 
 /// A kernel in the guest needs SYSCALL to enter ring 0: tried, not guessed.
 fn linux_guests(host: &Host) -> Finding {
-    let fail = |finding: String| Finding {
+    let fail = |finding: String| {
+        Finding {
         name: "linux guests",
         level: Level::Fail,
         finding,
         cure: Some("use a host with VMX or SVM (nested virtualization on a cloud machine); in a checkout, cargo xtask vmhost -- CMD emulates one".into()),
+    }
     };
     match host.isolation() {
         Ok(Isolation::Hardware) => ok("linux guests", "SYSCALL enters ring 0: Linux can run".into()),
@@ -138,7 +144,9 @@ fn host_tuning() -> Vec<Finding> {
         all.push(Finding {
             name: "kvm.nx_huge_pages",
             level: Level::Warn,
-            finding: "on, and this CPU does not need it: each VM's first run starts a thread for it".into(),
+            finding:
+                "on, and this CPU does not need it: each VM's first run starts a thread for it"
+                    .into(),
             cure: Some("options kvm nx_huge_pages=never in /etc/modprobe.d".into()),
         });
     }
@@ -148,7 +156,9 @@ fn host_tuning() -> Vec<Finding> {
                 name: "smt",
                 level: Level::Warn,
                 finding: "on: siblings on one core can watch each other through its caches".into(),
-                cure: Some("nosmt on the host's command line, if guests do not trust each other".into()),
+                cure: Some(
+                    "nosmt on the host's command line, if guests do not trust each other".into(),
+                ),
             }
         } else {
             ok("smt", "off".into())

@@ -70,7 +70,10 @@ pub fn cli(json: bool) -> Result<u8> {
         for failure in &failures {
             writeln!(out, "FAIL  {failure}")?;
         }
-        writeln!(out, "\nthe whole report, for an issue: vm-run selftest --json")?;
+        writeln!(
+            out,
+            "\nthe whole report, for an issue: vm-run selftest --json"
+        )?;
     }
     Ok(u8::from(!failures.is_empty()))
 }

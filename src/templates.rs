@@ -89,7 +89,9 @@ pub fn cli(command: TemplateCommand, root: &Path) -> Result<()> {
             let name = name.unwrap_or_else(|| default_name(&machine));
             let dir = shelf.dir(&name)?;
             if dir.exists() {
-                bail!("there is a template {name} already: remove it first, or choose another name");
+                bail!(
+                    "there is a template {name} already: remove it first, or choose another name"
+                );
             }
             let _lock = shelf.lock()?;
             build(&dir, &machine, &guest, &cmdline, Arc::new(Host::open()?))?;
@@ -131,7 +133,9 @@ impl Shelf {
             || !name.starts_with(|c: char| c.is_ascii_alphanumeric())
             || !name.chars().all(legal)
         {
-            bail!("{name:?} is no template name: letters, digits, _ . -, and a letter or digit first");
+            bail!(
+                "{name:?} is no template name: letters, digits, _ . -, and a letter or digit first"
+            );
         }
         Ok(self.0.join(name))
     }
@@ -147,7 +151,8 @@ impl Shelf {
     /// One builder at a time: the second finds what the first has built.
     fn lock(&self) -> Result<File> {
         let path = self.0.join(".lock");
-        let file = File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        let file =
+            File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
         flock(&file, FlockOperation::LockExclusive)
             .with_context(|| format!("cannot lock {}", path.display()))?;
         Ok(file)
@@ -209,7 +214,10 @@ fn usable(dir: &Path, host: &Arc<Host>) -> Option<Template> {
         .and_then(|found| found.digest().ok())
         .is_some_and(|digest| digest != template.guest_digest());
     if stale {
-        eprintln!("vm-run: the guest has changed since {} was built: rebuilding it", dir.display());
+        eprintln!(
+            "vm-run: the guest has changed since {} was built: rebuilding it",
+            dir.display()
+        );
         return None;
     }
     Some(template)
@@ -266,7 +274,11 @@ fn list(shelf: &Shelf, json: bool, out: &mut impl Write) -> Result<()> {
         writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?;
         return Ok(());
     }
-    writeln!(out, "{:<32} {:<6} {:>10} {:>5}  IMAGE", "NAME", "KIND", "MEMORY", "CPUS")?;
+    writeln!(
+        out,
+        "{:<32} {:<6} {:>10} {:>5}  IMAGE",
+        "NAME", "KIND", "MEMORY", "CPUS"
+    )?;
     for (name, m) in rows {
         let kind = serde_json::to_value(m.kind)?;
         writeln!(

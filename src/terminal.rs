@@ -2,9 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use fork::WindowSize;
-use rustix::termios::{
-    OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr,
-};
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 use std::io;
 
 /// Its size, if standard output or input is one.

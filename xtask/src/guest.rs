@@ -17,6 +17,9 @@ const WRITABLE_BYTES: u64 = 10 << 30;
 /// inode tables that are not written, and the root directory after them.
 const PACKED_BYTES: u64 = 512 << 20;
 
+/// The files of a guest.
+pub const FILES: [&str; 4] = ["vmlinux", "initramfs", "writable.blocks", "digest"];
+
 /// Builds what is missing and returns the directory. `current` beside it points
 /// to it.
 pub fn ensure() -> Result<PathBuf> {

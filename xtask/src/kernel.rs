@@ -5,6 +5,7 @@
 mod build;
 mod config;
 mod source;
+mod walk;
 
 use crate::host;
 use anyhow::{Context, Result, bail};
@@ -38,6 +39,10 @@ pub struct Args {
     /// vm-run needs built in: what a user's own kernel may look like
     #[arg(long)]
     debian: bool,
+    /// Boot it in QEMU and compare what it answers to programs with what Debian's
+    /// kernel answers
+    #[arg(long, conflicts_with = "debian")]
+    walk: bool,
 }
 
 /// Builds the guest kernel, if the cache does not hold it, and prints its path.
@@ -47,14 +52,24 @@ pub fn run(args: &Args) -> Result<()> {
     } else {
         Flavour::Pico
     };
-    println!("{}", build(flavour, args.source.as_deref())?.display());
-    Ok(())
+    let image = build(flavour, args.source.as_deref())?;
+    println!("{}", image.display());
+    if args.walk {
+        walk::compare(&image)
+    } else {
+        Ok(())
+    }
 }
 
 /// The path of the guest kernel, an uncompressed `vmlinux`; built first (some
 /// minutes) if the cache does not hold it.
 pub fn ensure() -> Result<PathBuf> {
     build(Flavour::Pico, None)
+}
+
+/// Builds the walk, a static program, and returns its path.
+pub fn walk_program() -> Result<PathBuf> {
+    walk::build()
 }
 
 /// Which kernel is built.

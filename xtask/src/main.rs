@@ -2,10 +2,16 @@
 //! at home.
 
 mod agent;
+mod arrows;
+mod artifacts;
+mod check;
+mod demo;
 mod guest;
 mod host;
 mod images;
+mod install;
 mod kernel;
+mod test;
 mod vmhost;
 
 use anyhow::Result;
@@ -20,6 +26,20 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Boot one parent, fork ten children over two images, show what they do
+    Demo(demo::Args),
+    /// Run every test, on a host that can run it
+    Test(test::Args),
+    /// Formatting, lints, dependencies and licences, arrows between crates
+    Check,
+    /// Measure a fork: vm-run bench fork, optimised, with these words after it
+    Bench {
+        /// For vm-run bench fork
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<String>,
+    },
+    /// Install a tree that runs with neither cargo nor a checkout
+    Install(install::Args),
     /// Build the guest's agent and pack it as an initramfs (cached by content)
     Agent(agent::Args),
     /// Build the guest: kernel, agent and the empty writable disk
@@ -34,10 +54,26 @@ enum Task {
 
 fn main() -> Result<()> {
     match Args::parse().task {
+        Task::Demo(args) => demo::run(&args),
+        Task::Test(args) => test::run(&args),
+        Task::Check => check::run(),
+        Task::Bench { words } => bench(&words),
+        Task::Install(args) => install::run(&args),
         Task::Agent(args) => agent::run(&args),
         Task::Guest => guest::ensure().map(|dir| println!("{}", dir.display())),
         Task::Images => images::run(),
         Task::Kernel(args) => kernel::run(&args),
         Task::Vmhost(args) => vmhost::run(&args),
     }
+}
+
+/// Micro guests run on any KVM, so here; Linux guests under `cargo xtask vmhost`.
+fn bench(words: &[String]) -> Result<()> {
+    let build = ["build", "--locked", "--release", "--bin", "vm-run"];
+    let program = artifacts::build_one(&build, "vm-run")?;
+    host::run(
+        std::process::Command::new(program)
+            .args(["bench", "fork"])
+            .args(words),
+    )
 }

@@ -7,11 +7,13 @@
 //! working directory and environment; what it writes stays inside and is lost; its
 //! stdout, stderr and exit status come back as if it had run here.
 
-mod cpio;
+pub mod cpio;
 mod image;
 mod machine;
 mod modules;
 mod request;
+
+pub use image::stock_kernel;
 
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};

@@ -89,6 +89,14 @@ impl Image {
     }
 }
 
+/// The emulated host's own kernel as Debian ships it: a bzImage whose drivers are
+/// modules. Made first if need be.
+pub fn stock_kernel(kernel: HostKernel) -> Result<PathBuf> {
+    let image = Image::prepare(kernel)?;
+    let tree = image.vmlinux.parent().unwrap_or(Path::new("."));
+    Ok(tree.join(format!("boot/vmlinuz-{}", release(tree)?)))
+}
+
 /// Makes `target` beside itself and renames it, so that it is whole or absent. The
 /// caller holds the cache's lock.
 fn make_once(target: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {

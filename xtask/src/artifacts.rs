@@ -1,0 +1,60 @@
+//! Building with cargo, and learning where the results are.
+
+use crate::host;
+use anyhow::{Context, Result, bail};
+use cargo_metadata::Message;
+use std::io::BufReader;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+/// An executable that cargo has built.
+#[derive(Debug)]
+pub struct Executable {
+    /// The target's name: a binary's, a test's.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+/// A cargo command at the top of the checkout.
+pub fn cargo(args: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(host::root()).args(args);
+    command
+}
+
+/// Runs a cargo command that builds, and returns the executables it made or found
+/// made.
+pub fn build(args: &[&str]) -> Result<Vec<Executable>> {
+    let mut child = cargo(args)
+        .arg("--message-format=json-render-diagnostics")
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo")?;
+    let stdout = child.stdout.take().context("cargo has no output")?;
+    let mut executables = Vec::new();
+    for message in Message::parse_stream(BufReader::new(stdout)) {
+        if let Message::CompilerArtifact(artifact) = message?
+            && let Some(path) = artifact.executable
+        {
+            executables.push(Executable {
+                name: artifact.target.name,
+                path: path.into(),
+            });
+        }
+    }
+    let status = child.wait()?;
+    if !status.success() {
+        bail!("cargo {}: {status}", args.join(" "));
+    }
+    Ok(executables)
+}
+
+/// The one executable called `name` that `args` builds.
+pub fn build_one(args: &[&str], name: &str) -> Result<PathBuf> {
+    build(args)?
+        .into_iter()
+        .find(|executable| executable.name == name)
+        .map(|executable| executable.path)
+        .with_context(|| format!("cargo {} made no {name}", args.join(" ")))
+}

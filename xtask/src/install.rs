@@ -1,0 +1,41 @@
+//! `cargo xtask install`: a tree that runs with neither cargo nor a checkout.
+
+use crate::artifacts::build_one;
+use crate::guest;
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// `cargo xtask install`
+#[derive(clap::Args)]
+pub struct Args {
+    /// Where to: PREFIX/bin/vm-run and PREFIX/lib/vm-run/
+    #[arg(long, value_name = "DIR", default_value = "/usr/local")]
+    prefix: PathBuf,
+}
+
+/// Builds an optimised vm-run and the guest, and copies them.
+pub fn run(args: &Args) -> Result<()> {
+    let program = build_one(
+        &["build", "--locked", "--release", "--bin", "vm-run"],
+        "vm-run",
+    )?;
+    let guest = guest::ensure()?;
+    place(&program, &args.prefix.join("bin"), "vm-run")?;
+    for name in guest::FILES {
+        place(&guest.join(name), &args.prefix.join("lib/vm-run"), name)?;
+    }
+    println!("{}", args.prefix.join("bin/vm-run").display());
+    Ok(())
+}
+
+/// Copies a file beside its place, and renames it there: a running vm-run keeps
+/// its old one.
+fn place(from: &Path, dir: &Path, name: &str) -> Result<()> {
+    let to = dir.join(name);
+    let unfinished = dir.join(format!(".{name}.new"));
+    fs::create_dir_all(dir)
+        .and_then(|()| fs::copy(from, &unfinished))
+        .and_then(|_| fs::rename(&unfinished, &to))
+        .with_context(|| format!("cannot install {}", to.display()))
+}

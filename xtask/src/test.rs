@@ -1,0 +1,94 @@
+//! `cargo xtask test`: every test, on a host that can run it.
+
+use crate::artifacts::{build_one, cargo};
+use crate::vmhost::{self, Options};
+use crate::{guest, host, images, kernel};
+use anyhow::{Result, bail};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How long the guest tests may take. On hardware they take a minute.
+const GUEST_TESTS_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+
+/// `cargo xtask test`
+#[derive(clap::Args)]
+pub struct Args {
+    /// Only the tests that need a Linux guest, and of those what matches
+    #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
+    guest: Option<String>,
+    /// The emulated host's kernel
+    #[arg(long, value_enum, default_value_t)]
+    host_kernel: vmhost::HostKernel,
+}
+
+/// Runs them.
+pub fn run(args: &Args) -> Result<()> {
+    // What the tests look at images and disks with.
+    host::apt_install(&["busybox-static", "erofs-utils", "e2fsprogs"])?;
+    if args.guest.is_none() {
+        step("the host's side");
+        host::run(&mut cargo(&["test", "--locked", "--workspace"]))?;
+        step("the guest's side");
+        let dir = host::root().join("guest-kernel");
+        host::run(cargo(&["test", "--locked", "--workspace"]).current_dir(dir))?;
+    }
+    step("containers in Linux guests");
+    guest_tests(args)
+}
+
+fn step(name: &str) {
+    eprintln!("test: {name}");
+}
+
+fn guest_tests(args: &Args) -> Result<()> {
+    let guest = guest::ensure()?;
+    let env: Vec<(&str, PathBuf)> = vec![
+        ("VM_RUN_GUEST", guest),
+        ("VM_RUN_TEST_BUSYBOX", images::ensure_busybox()?),
+        ("VM_RUN_TEST_PYTHON", images::ensure_debian_python()?),
+        ("VM_RUN_TEST_WALK", kernel::walk_program()?),
+        (
+            "VM_RUN_TEST_STOCK_KERNEL",
+            vmhost::stock_kernel(args.host_kernel)?,
+        ),
+        ("VM_RUN_BOOT_TIMEOUT", "60".into()),
+    ];
+    let test = build_one(
+        &[
+            "test",
+            "--locked",
+            "--package",
+            "vm-run",
+            "--test",
+            "guest",
+            "--no-run",
+        ],
+        "guest",
+    )?;
+    // `env` hands the variables on, here or on the emulated host.
+    let mut argv: Vec<OsString> = vec!["env".into()];
+    argv.extend(env.into_iter().map(|(name, value)| {
+        let mut word = OsString::from(name);
+        word.push("=");
+        word.push(value);
+        word
+    }));
+    argv.push(test.into());
+    argv.push("--test-threads=1".into());
+    argv.extend(
+        args.guest
+            .iter()
+            .filter(|f| !f.is_empty())
+            .map(OsString::from),
+    );
+    let options = Options {
+        host_kernel: args.host_kernel,
+        timeout: Some(GUEST_TESTS_TIMEOUT),
+        ..Options::default()
+    };
+    match vmhost::run_command(&argv, &options)? {
+        0 => Ok(()),
+        status => bail!("the tests of Linux guests failed with status {status}"),
+    }
+}
