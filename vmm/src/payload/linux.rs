@@ -22,11 +22,17 @@ use vm_run_abi::PAGE_SIZE;
 /// - `no_timer_check`, `tsc=reliable`: no PIT to test against, KVM knows the TSC;
 /// - `random.trust_cpu=on`: the first keys do not wait; a child gets its own anyway;
 /// - `cryptomgr.notests`, `rcupdate.rcu_expedited=1`: seconds of boot, for nothing;
-/// - `swiotlb=noforce`: no bounce buffers, all devices see all memory.
+/// - `swiotlb=noforce`: no bounce buffers, all devices see all memory;
+/// - `8250.nr_uarts=1`: the serial ports that are not there, do not probe them;
+/// - `dummy.numdummies=0`: no `dummy0` among the container's interfaces;
+/// - `sysctl.vm.compaction_proactiveness=0`: else kcompactd wakes twice a second.
+///
+/// docs/kernel.md shows this line.
 const CMDLINE_BASE: &str = "console=ttyS0 quiet reboot=k panic=-1 \
      i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd \
      no_timer_check tsc=reliable random.trust_cpu=on cryptomgr.notests \
-     rcupdate.rcu_expedited=1 swiotlb=noforce";
+     rcupdate.rcu_expedited=1 swiotlb=noforce 8250.nr_uarts=1 dummy.numdummies=0 \
+     sysctl.vm.compaction_proactiveness=0";
 
 /// XLF_KERNEL_64 of `xloadflags`: the image has the 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;

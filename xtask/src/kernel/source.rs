@@ -93,13 +93,16 @@ impl io::Write for HashWriter<'_> {
     }
 }
 
-/// Debian's own configuration of the amd64 kernel of a series.
+/// Debian's own configuration of a series for virtual machines, its "cloud" flavour:
+/// a stock kernel in all but the drivers for hardware that no guest has.
 pub fn debian_config(series: &str) -> Result<String> {
     let package = format!("linux-config-{series}");
     let version = host::apt_candidate(&package).with_context(|| format!("no package {package}"))?;
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let files = unpack_package(&package, &version, folder.path())?;
-    let config = files.join(format!("usr/src/{package}/config.amd64_none_amd64.xz"));
+    let config = files.join(format!(
+        "usr/src/{package}/config.amd64_none_cloud-amd64.xz"
+    ));
     host::output(Command::new("xz").arg("-dc").arg(config))
 }
 
