@@ -43,13 +43,6 @@ pub struct GuestArgs {
     pub agent: Option<PathBuf>,
 }
 
-impl GuestArgs {
-    /// Whether anything was chosen.
-    pub fn is_given(&self) -> bool {
-        self.kernel.is_some() || self.agent.is_some()
-    }
-}
-
 /// Finds the guest: `$VM_RUN_GUEST`, `../lib/vm-run` beside the program,
 /// /usr/lib/vm-run, the content cache of `cargo xtask`; and puts the chosen files
 /// in the place of what was found.

@@ -144,6 +144,7 @@ impl Plan {
                     .split_first()
                     .context("no IMAGE: name one, or give --rootfs PATH")?;
                 let image = store.resolve(name)?;
+                log::info!("{name} is {}", image.id);
                 (image.rootfs, image.config, command)
             }
         };

@@ -272,14 +272,12 @@ impl Child {
         control.start(&Request::StartContainer { container, process })?;
         let remote = control.remote(CONTAINER);
         self.control = Some(control);
-        loop {
-            match self.receive(Some(TIMEOUT))? {
-                protocol::Event::Started { process: CONTAINER } => break,
-                protocol::Event::StartFailed {
-                    reason, message, ..
-                } => return Err(Error::Start { reason, message }),
-                _ => return Err(Error::Died("the agent speaks out of turn".into())),
-            }
+        match self.receive(Some(TIMEOUT))? {
+            protocol::Event::Started { process: CONTAINER } => {}
+            protocol::Event::StartFailed {
+                reason, message, ..
+            } => return Err(Error::Start { reason, message }),
+            _ => return Err(Error::Died("the agent speaks out of turn".into())),
         }
         self.stages.started = Some(Instant::now());
         Ok(Process {

@@ -56,6 +56,15 @@ pub(crate) const LAPIC: u32 = 0xfee0_0000;
 pub(crate) const TSS: u64 = 0xfffb_d000;
 pub(crate) const IDENTITY_MAP: u64 = 0xfffb_c000;
 
+// What the monitor places does not overlap.
+const _: () = {
+    assert!(BOOT_STACK < PAGE_TABLES && PAGE_TABLES + 6 * PAGE_SIZE <= MICRO_CODE);
+    assert!(MICRO_DATA + PAGE_SIZE <= CMDLINE);
+    assert!(CMDLINE + CMDLINE_MAX as u64 <= identity::GPA);
+    assert!(identity::GPA + PAGE_SIZE <= MPTABLE);
+    assert!(HOLE_START <= doorbell::GPA && doorbell::GPA < IOAPIC as u64);
+};
+
 /// A stretch of RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RamRange {
@@ -147,15 +156,5 @@ mod tests {
         ] {
             assert_eq!(ram_ranges(bytes), Err(ConfigError::Memory(bytes)));
         }
-    }
-
-    #[test]
-    fn what_the_monitor_places_does_not_overlap() {
-        let tables_end = PAGE_TABLES + 6 * PAGE_SIZE;
-        assert!(BOOT_STACK < PAGE_TABLES && tables_end <= MICRO_CODE);
-        assert!(MICRO_DATA + PAGE_SIZE <= CMDLINE);
-        assert!(CMDLINE + CMDLINE_MAX as u64 <= identity::GPA);
-        assert!(identity::GPA + PAGE_SIZE <= MPTABLE);
-        assert!(doorbell::GPA >= HOLE_START && doorbell::GPA < u64::from(IOAPIC));
     }
 }
