@@ -44,9 +44,9 @@ pub fn run() -> Result<()> {
             Command::new(&deny)
                 .arg("--manifest-path")
                 .arg(host::root().join(workspace).join("Cargo.toml"))
-                .args(["--offline", "--log-level", "error", "check", "--config"])
+                .args(["--locked", "--log-level", "error", "--config"])
                 .arg(host::root().join("deny.toml"))
-                .args(["bans", "licenses", "sources"]),
+                .args(["check", "bans", "licenses", "sources"]),
         )?;
     }
     step("arrows");
