@@ -122,6 +122,24 @@ mod tests {
     }
 
     #[test]
+    fn what_the_agent_can_miss_is_in_the_list() {
+        let required = read("guest-kernel/linux/required");
+        let required = parse(&required);
+        let sources = crate::host::root().join("guest-kernel/agent/src");
+        for source in std::fs::read_dir(sources).expect("the agent's sources") {
+            let source = std::fs::read_to_string(source.expect("a source").path()).expect("text");
+            let named = source
+                .split('"')
+                .filter_map(|word| word.strip_prefix("CONFIG_"));
+            let unlisted: Vec<_> = named.filter(|name| !required.contains_key(name)).collect();
+            assert!(
+                unlisted.is_empty(),
+                "not in guest-kernel/linux/required: {unlisted:?}"
+            );
+        }
+    }
+
+    #[test]
     fn our_fragment_asks_for_what_moby_needs() {
         let missing = not_built_in(MOBY_NECESSARY, &read("guest-kernel/linux/config"));
         assert!(
