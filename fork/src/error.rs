@@ -10,6 +10,9 @@ pub enum Error {
     /// The monitor: the host's KVM, the configuration, the kernel file, ...
     #[error(transparent)]
     Vm(#[from] vmm::Error),
+    /// This host's KVM runs guests, but no kernel in them: it is PVM.
+    #[error("this host's KVM cannot run Linux guests (PVM: no VMX or SVM): use another host; vm-run doctor tells more")]
+    NoLinux,
     /// The parent did not reach its fork point.
     #[error("the guest did not boot: {0}")]
     Boot(String),

@@ -12,7 +12,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use vm_run_abi::{VERSION, identity as page};
 use vmm::payload::micro;
-use vmm::{Cpu, Disks, Event, EventSink, Host, Image, Payload, Vm, VmConfig, VmState};
+use vmm::{Cpu, Disks, Event, EventSink, Host, Image, Isolation, Payload, Vm, VmConfig, VmState};
 
 /// What is inside a template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +72,9 @@ impl Template {
                 Payload::Micro(&micro::FORK_BENCH),
                 String::new(),
             ),
+            Some(_) if host.isolation()? == Isolation::SyscallStaysInUserMode => {
+                return Err(Error::NoLinux);
+            }
             Some(guest) => (
                 Kind::Bare,
                 Payload::Linux {

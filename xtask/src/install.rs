@@ -14,19 +14,24 @@ pub struct Args {
     prefix: PathBuf,
 }
 
-/// Builds an optimised vm-run and the guest, and copies them.
+/// Installs, and prints where the program is.
 pub fn run(args: &Args) -> Result<()> {
+    println!("{}", into(&args.prefix)?.display());
+    Ok(())
+}
+
+/// Builds an optimised vm-run and the guest, and copies them; returns the program.
+pub fn into(prefix: &Path) -> Result<PathBuf> {
     let program = build_one(
         &["build", "--locked", "--release", "--bin", "vm-run"],
         "vm-run",
     )?;
     let guest = guest::ensure()?;
-    place(&program, &args.prefix.join("bin"), "vm-run")?;
+    place(&program, &prefix.join("bin"), "vm-run")?;
     for name in guest::FILES {
-        place(&guest.join(name), &args.prefix.join("lib/vm-run"), name)?;
+        place(&guest.join(name), &prefix.join("lib/vm-run"), name)?;
     }
-    println!("{}", args.prefix.join("bin/vm-run").display());
-    Ok(())
+    Ok(prefix.join("bin/vm-run"))
 }
 
 /// Copies a file beside its place, and renames it there: a running vm-run keeps

@@ -2,7 +2,7 @@
 
 use crate::artifacts::{build_one, cargo};
 use crate::vmhost::{self, Options};
-use crate::{guest, host, images, kernel};
+use crate::{guest, host, images, install, kernel};
 use anyhow::{Result, bail};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -43,6 +43,8 @@ fn step(name: &str) {
 
 fn guest_tests(args: &Args) -> Result<()> {
     let guest = guest::ensure()?;
+    let prefix = tempfile::tempdir()?;
+    install::into(prefix.path())?;
     let env: Vec<(&str, PathBuf)> = vec![
         ("VM_RUN_GUEST", guest),
         ("VM_RUN_TEST_BUSYBOX", images::ensure_busybox()?),
@@ -52,6 +54,7 @@ fn guest_tests(args: &Args) -> Result<()> {
             "VM_RUN_TEST_STOCK_KERNEL",
             vmhost::stock_kernel(args.host_kernel)?,
         ),
+        ("VM_RUN_TEST_PREFIX", prefix.path().into()),
         ("VM_RUN_BOOT_TIMEOUT", "60".into()),
     ];
     let test = build_one(
