@@ -11,7 +11,9 @@ pub enum Error {
     #[error(transparent)]
     Vm(#[from] vmm::Error),
     /// This host's KVM runs guests, but no kernel in them: it is PVM.
-    #[error("this host's KVM cannot run Linux guests (PVM: no VMX or SVM): use another host; vm-run doctor tells more")]
+    #[error(
+        "this host's KVM cannot run Linux guests (PVM: no VMX or SVM): use another host; vm-run doctor tells more"
+    )]
     NoLinux,
     /// The parent did not reach its fork point.
     #[error("the guest did not boot: {0}")]

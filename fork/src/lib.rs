@@ -32,6 +32,8 @@
 mod agent;
 mod child;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod guest;
 mod identity;
 mod store;
