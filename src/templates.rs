@@ -107,6 +107,7 @@ pub fn cli(command: TemplateCommand, root: &Path) -> Result<()> {
             writeln!(out, "{}", serde_json::to_string_pretty(&manifest)?)?;
         }
         TemplateCommand::Rm { names } => {
+            let _lock = shelf.lock()?;
             for name in names {
                 remove(&shelf.existing(&name)?)?;
                 writeln!(out, "{name}")?;
@@ -155,7 +156,23 @@ impl Shelf {
             File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
         flock(&file, FlockOperation::LockExclusive)
             .with_context(|| format!("cannot lock {}", path.display()))?;
+        self.sweep();
         Ok(file)
+    }
+
+    /// Removes what a killed vm-run has left half-made or half-removed; the lock
+    /// is held, so nobody is still at it.
+    fn sweep(&self) {
+        let left = fs::read_dir(&self.0).into_iter().flatten().flatten();
+        for entry in left {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if (name.starts_with(".new-") || name.starts_with(".old-"))
+                && let Err(error) = fs::remove_dir_all(entry.path())
+            {
+                log::warn!("cannot remove {}: {error}", entry.path().display());
+            }
+        }
     }
 }
 

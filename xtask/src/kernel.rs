@@ -67,6 +67,12 @@ pub fn ensure() -> Result<PathBuf> {
     build(Flavour::Pico, None)
 }
 
+/// A kernel of Debian's configuration and the options that vm-run needs: what a
+/// user's own may be. Built first if the cache does not hold it.
+pub fn ensure_debian() -> Result<PathBuf> {
+    build(Flavour::Debian, None)
+}
+
 /// Builds the walk, a static program, and returns its path.
 pub fn walk_program() -> Result<PathBuf> {
     walk::build()

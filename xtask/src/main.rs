@@ -11,6 +11,7 @@ mod host;
 mod images;
 mod install;
 mod kernel;
+mod soak;
 mod test;
 mod vmhost;
 
@@ -31,6 +32,8 @@ enum Task {
     Demo(demo::Args),
     /// Run every test, on a host that can run it
     Test(test::Args),
+    /// What is too long for every change: another host kernel, a user's kernel, fuzzing
+    Soak(soak::Args),
     /// Formatting, lints, dependencies and licences, arrows between crates
     Check,
     /// Measure a fork: vm-run bench fork, optimised, with these words after it
@@ -67,6 +70,7 @@ fn run(task: Task) -> Result<()> {
     match task {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => test::run(&args),
+        Task::Soak(args) => soak::run(&args),
         Task::Check => check::run(),
         Task::Bench { words } => bench(&words),
         Task::Install(args) => install::run(&args),

@@ -34,14 +34,15 @@ pub fn run(args: &Args) -> Result<()> {
         host::run(cargo(&["test", "--locked", "--workspace"]).current_dir(dir))?;
     }
     step("containers in Linux guests");
-    guest_tests(args)
+    guest_tests(args.host_kernel, args.guest.as_deref().unwrap_or_default())
 }
 
 fn step(name: &str) {
     eprintln!("test: {name}");
 }
 
-fn guest_tests(args: &Args) -> Result<()> {
+/// Runs the tests of Linux guests that match `filter`.
+pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> {
     let guest = guest::ensure()?;
     let prefix = tempfile::tempdir()?;
     install::into(prefix.path())?;
@@ -52,7 +53,7 @@ fn guest_tests(args: &Args) -> Result<()> {
         ("VM_RUN_TEST_WALK", kernel::walk_program()?),
         (
             "VM_RUN_TEST_STOCK_KERNEL",
-            vmhost::stock_kernel(args.host_kernel)?,
+            vmhost::stock_kernel(host_kernel)?,
         ),
         ("VM_RUN_TEST_PREFIX", prefix.path().into()),
         ("VM_RUN_BOOT_TIMEOUT", "60".into()),
@@ -79,14 +80,11 @@ fn guest_tests(args: &Args) -> Result<()> {
     }));
     argv.push(test.into());
     argv.push("--test-threads=1".into());
-    argv.extend(
-        args.guest
-            .iter()
-            .filter(|f| !f.is_empty())
-            .map(OsString::from),
-    );
+    if !filter.is_empty() {
+        argv.push(filter.into());
+    }
     let options = Options {
-        host_kernel: args.host_kernel,
+        host_kernel,
         timeout: Some(GUEST_TESTS_TIMEOUT),
         ..Options::default()
     };

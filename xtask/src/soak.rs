@@ -1,0 +1,86 @@
+//! `cargo xtask soak`: what is too long for every change, and is run before an
+//! issue is called resolved.
+
+use crate::artifacts::{build_one, cargo};
+use crate::{guest, host, images, kernel, test, vmhost};
+use anyhow::{Context, Result, bail};
+use std::ffi::OsString;
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+/// `cargo xtask soak`
+#[derive(clap::Args)]
+pub struct Args {
+    /// How long each fuzz target runs, in seconds; 0 leaves fuzzing out
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    fuzz: u32,
+}
+
+/// Each part in turn; the first failure ends it.
+pub fn run(args: &Args) -> Result<()> {
+    step("the guest tests on the oldest host kernel that is supported");
+    test::guest_tests(vmhost::HostKernel::Linux61, "")?;
+    step("a user's own kernel: Debian's configuration and the options of docs/kernel.md");
+    users_own_kernel()?;
+    if args.fuzz > 0 {
+        fuzz(args.fuzz)?;
+    }
+    Ok(())
+}
+
+/// Boots it, freezes it, and runs a container in a child.
+fn users_own_kernel() -> Result<()> {
+    const SCRIPT: &str = r#"
+        set -e
+        root=$(mktemp -d)
+        "$1" --root "$root" image load "$4"
+        "$1" --root "$root" template build --name own --kernel "$3" --boot-timeout 120
+        "$1" --root "$root" run --template own busybox uname -sr
+    "#;
+    let words: [OsString; 4] = [
+        build_one(&["build", "--locked", "--bin", "vm-run"], "vm-run")?.into(),
+        guest::ensure()?.into(),
+        kernel::ensure_debian()?.into(),
+        images::ensure_busybox()?.into(),
+    ];
+    let mut argv: Vec<OsString> = vec!["env".into()];
+    let mut variable = OsString::from("VM_RUN_GUEST=");
+    variable.push(&words[1]);
+    argv.push(variable);
+    argv.extend(["sh", "-c", SCRIPT, "sh"].map(OsString::from));
+    argv.extend(words);
+    let options = vmhost::Options {
+        timeout: Some(Duration::from_secs(600)),
+        ..vmhost::Options::default()
+    };
+    match vmhost::run_command(&argv, &options)? {
+        0 => Ok(()),
+        status => bail!("a user's own kernel: status {status}"),
+    }
+}
+
+/// Every target; needs a nightly compiler and cargo-fuzz.
+fn fuzz(seconds: u32) -> Result<()> {
+    let dir = host::root().join("fuzz");
+    let mut targets: Vec<String> = fs::read_dir(dir.join("fuzz_targets"))?
+        .filter_map(|entry| Some(entry.ok()?.path().file_stem()?.to_str()?.to_owned()))
+        .collect();
+    targets.sort();
+    for target in targets {
+        step(&format!("fuzz {target}"));
+        host::run(
+            Command::new(cargo(&[]).get_program())
+                .current_dir(&dir)
+                .env_remove("RUSTUP_TOOLCHAIN")
+                .args(["+nightly", "fuzz", "run", &target, "--"])
+                .arg(format!("-max_total_time={seconds}")),
+        )
+        .context("fuzzing needs rustup's nightly and cargo install cargo-fuzz")?;
+    }
+    Ok(())
+}
+
+fn step(name: &str) {
+    eprintln!("soak: {name}");
+}
