@@ -89,7 +89,7 @@ pub fn examine() -> Vec<Finding> {
         Err(error) => Finding {
             name: "guest",
             level: Level::Fail,
-            finding: format!("{error:#}"),
+            finding: crate::line(&error),
             cure: Some("install vm-run's guest, or build it: cargo xtask guest".into()),
         },
     });

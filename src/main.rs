@@ -41,10 +41,24 @@ fn main() -> ExitCode {
     match dispatch(args) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("vm-run: {error:#}");
+            eprintln!("vm-run: {}", line(&error));
             ExitCode::from(run::exit_code(&error).unwrap_or(FAILED))
         }
     }
+}
+
+/// An error and its causes in one line; a cause that is in the line already, as
+/// many errors of the libraries name theirs, is not said twice.
+fn line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.ends_with(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
 }
 
 fn dispatch(args: Args) -> anyhow::Result<u8> {
@@ -56,5 +70,22 @@ fn dispatch(args: Args) -> anyhow::Result<u8> {
         Command::Bench(bench) => bench::cli(bench, &root()?).map(|()| 0),
         Command::Doctor { json } => doctor::cli(json),
         Command::Selftest { json } => selftest::cli(json),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::line;
+    use anyhow::Context;
+
+    #[test]
+    fn no_cause_is_said_twice() {
+        let source = std::io::Error::from_raw_os_error(28);
+        let full = source.to_string();
+        let path = "/disk".into();
+        let what = "write";
+        let error = Err::<(), _>(fork::Error::Io { path, what, source }).context("no template");
+        let error = error.expect_err("one");
+        assert_eq!(line(&error), format!("no template: /disk: write: {full}"));
     }
 }

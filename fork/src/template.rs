@@ -243,8 +243,37 @@ pub(crate) fn death(event: &Event, vm: &Vm) -> String {
 }
 
 fn console(vm: &Vm) -> String {
-    match vm.console_tail(5) {
+    // A panic is followed by registers and traces: more than a screen of them.
+    match last_words(vm.console_tail(200)) {
         lines if lines.is_empty() => "; its console is empty".into(),
         lines => format!("; its last words: {}", lines.join(" | ")),
+    }
+}
+
+/// Five lines: those that end with the line in which the kernel says why it gave
+/// up, or else the last.
+fn last_words(mut lines: Vec<String>) -> Vec<String> {
+    const PANIC: &str = "Kernel panic - not syncing";
+    if let Some(at) = lines.iter().position(|line| line.contains(PANIC)) {
+        lines.truncate(at + 1);
+    }
+    lines.split_off(lines.len().saturating_sub(5))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::last_words;
+
+    #[test]
+    fn the_last_words_end_with_the_reason() {
+        let lines = |text: &str| text.split(' ').map(String::from).collect::<Vec<_>>();
+        assert_eq!(last_words(lines("a b c d e f")), lines("b c d e f"));
+        assert_eq!(last_words(lines("a")), ["a"]);
+        assert!(last_words(Vec::new()).is_empty());
+        let panic = "[ 1.0] Kernel panic - not syncing: it is late".to_owned();
+        let mut said = lines("a b");
+        said.push(panic.clone());
+        said.extend(lines("c d e f g h"));
+        assert_eq!(last_words(said), ["a".to_owned(), "b".to_owned(), panic]);
     }
 }
