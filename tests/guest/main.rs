@@ -1,2 +1,13 @@
 //! Containers in children of a Linux guest. These tests need a KVM that runs
 //! Linux; `cargo xtask test` runs them on such a host, emulated if need be.
+
+mod bad_input;
+mod death;
+mod identity;
+mod installed;
+mod isolation;
+mod kernel;
+mod machine;
+mod options;
+mod streams;
+mod support;

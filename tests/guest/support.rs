@@ -1,0 +1,228 @@
+//! What the stories in the other files are told with: one state directory for
+//! all, `vm-run` as a process, and the library's children.
+
+use fork::{
+    BootSpec, Child, ContainerSpec, ForkSpec, Guest, Host, Isolation, ProcessSpec, Stream,
+    Template, Writable,
+};
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tempfile::TempDir;
+
+#[path = "support/process.rs"]
+mod process;
+
+pub use process::{Call, Ran, Running};
+
+/// The longest that anything here may take, on the slowest host.
+pub const PATIENCE: Duration = Duration::from_secs(150);
+
+/// What `cargo xtask test` tells in the environment.
+pub fn variable(name: &str) -> PathBuf {
+    std::env::var_os(name)
+        .unwrap_or_else(|| panic!("{name} is not set: run `cargo xtask test`"))
+        .into()
+}
+
+/// This host, once it is known to run Linux.
+pub fn host() -> Arc<Host> {
+    static HOST: OnceLock<Arc<Host>> = OnceLock::new();
+    let open = || {
+        let host = Host::open().expect("a KVM");
+        match host.isolation().expect("the probe of this KVM answers") {
+            Isolation::Hardware => Arc::new(host),
+            Isolation::SyscallStaysInUserMode => {
+                panic!("this KVM cannot run Linux: run `cargo xtask test`")
+            }
+        }
+    };
+    Arc::clone(HOST.get_or_init(open))
+}
+
+/// The state directory that the tests share: with busybox loaded, and the default
+/// template built.
+pub struct World {
+    pub root: PathBuf,
+    /// The very first run, which built the template.
+    pub first_run: Ran,
+}
+
+/// Made by whichever test is first.
+pub fn world() -> &'static World {
+    static WORLD: OnceLock<World> = OnceLock::new();
+    WORLD.get_or_init(|| {
+        host();
+        let root = process_directory();
+        image_load(&root, &variable("VM_RUN_TEST_BUSYBOX"));
+        let first_run = Call::run_in(&root, &["busybox", "echo", "first"]).end();
+        World { root, first_run }
+    })
+}
+
+/// Loads the image with python3 into the shared state directory, once: it is the
+/// largest, and not every test needs it.
+pub fn python() -> &'static str {
+    static LOADED: OnceLock<()> = OnceLock::new();
+    LOADED.get_or_init(|| image_load(&world().root, &variable("VM_RUN_TEST_PYTHON")));
+    "debian-python:bookworm"
+}
+
+fn image_load(root: &Path, tar: &Path) {
+    let ran = Call::vm_run_in(root, &[OsStr::new("image"), "load".as_ref(), tar.as_ref()]).end();
+    assert_eq!(ran.status, 0, "{ran}");
+}
+
+/// A directory that is removed by the next run of the tests, if not by this one:
+/// what is in a static is never dropped.
+fn process_directory() -> PathBuf {
+    const PREFIX: &str = "vm-run-guest-tests-";
+    let parent = std::env::temp_dir();
+    for entry in fs::read_dir(&parent).expect("lists").flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if let Some(pid) = name.strip_prefix(PREFIX)
+            && !Path::new("/proc").join(pid).exists()
+        {
+            fs::remove_dir_all(entry.path()).expect("removes what an earlier run left");
+        }
+    }
+    let own = parent.join(format!("{PREFIX}{}", std::process::id()));
+    fs::create_dir(&own).expect("makes a directory");
+    own
+}
+
+/// A state directory of the test's own, with the images and templates of the
+/// shared one: links, but for the files that a test may edit.
+pub fn own_root() -> TempDir {
+    let own = tempfile::tempdir().expect("a directory");
+    link_tree(&world().root, own.path());
+    own
+}
+
+fn link_tree(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).expect("lists") {
+        let entry = entry.expect("lists");
+        let target = to.join(entry.file_name());
+        if entry.file_type().expect("has a type").is_dir() {
+            fs::create_dir(&target).expect("makes a directory");
+            link_tree(&entry.path(), &target);
+        } else if entry.metadata().expect("stat").len() < 1 << 20 {
+            fs::copy(entry.path(), target).expect("copies");
+        } else {
+            fs::hard_link(entry.path(), target).expect("links");
+        }
+    }
+}
+
+/// Every path below a directory, but for locks: those are made at first need.
+pub fn listing(dir: &Path) -> BTreeSet<PathBuf> {
+    let mut all = BTreeSet::new();
+    let mut left = vec![dir.to_path_buf()];
+    while let Some(dir) = left.pop() {
+        for entry in fs::read_dir(dir).expect("lists") {
+            let entry = entry.expect("lists");
+            if entry.file_type().expect("has a type").is_dir() {
+                left.push(entry.path());
+            }
+            if entry.path().extension().is_none_or(|e| e != "lock") && entry.file_name() != ".lock"
+            {
+                all.insert(entry.path());
+            }
+        }
+    }
+    all
+}
+
+/// The guest that all boot from.
+pub fn guest() -> Guest {
+    Guest::in_dir(&variable("VM_RUN_GUEST")).expect("VM_RUN_GUEST holds vmlinux and initramfs")
+}
+
+/// Boots a parent and freezes it in memory.
+pub fn boot(memory_mib: u64, vcpus: u8) -> Template {
+    let spec = BootSpec {
+        memory: memory_mib << 20,
+        vcpus,
+        guest: Some(guest()),
+        cmdline: String::new(),
+        timeout: boot_timeout(),
+    };
+    Template::boot(host(), &spec).expect("boots")
+}
+
+/// How long a guest may take to boot here.
+pub fn boot_timeout() -> Duration {
+    let seconds = variable("VM_RUN_BOOT_TIMEOUT");
+    let seconds = seconds.to_str().and_then(|s| s.parse().ok());
+    Duration::from_secs(seconds.expect("VM_RUN_BOOT_TIMEOUT is a number"))
+}
+
+/// The root file system of the busybox image, which the shared state directory
+/// has as a file.
+pub fn busybox_rootfs() -> File {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    let find = || {
+        let root = &world().root;
+        let images = Call::vm_run_in(root, &["image", "ls", "--json"]).end();
+        let images: serde_json::Value = serde_json::from_slice(&images.stdout).expect("JSON");
+        let size = images.as_array().into_iter().flatten().find_map(|image| {
+            let named = image["names"][0].as_str()?.starts_with("busybox");
+            named.then(|| image["size"].as_u64()).flatten()
+        });
+        let size = size.expect("busybox is listed");
+        listing(&root.join("images/rootfs"))
+            .into_iter()
+            .find(|path| path.metadata().is_ok_and(|meta| meta.len() == size))
+            .expect("busybox has a root file system")
+    };
+    File::open(PATH.get_or_init(find)).expect("opens")
+}
+
+/// Forks a child that can run busybox.
+pub fn fork_busybox(template: &Template, hostname: &str) -> Child {
+    let disks = fork::Disks {
+        root: Some(busybox_rootfs()),
+        writable: None,
+    };
+    let hostname = hostname.into();
+    template.fork(ForkSpec { hostname, disks }).expect("forks")
+}
+
+/// Starts a shell in a child; its output is to be read.
+pub fn start_shell(child: &mut Child, script: &str) -> std::os::unix::net::UnixStream {
+    let process = ProcessSpec {
+        args: ["sh", "-c", script].map(String::from).into(),
+        env: vec!["PATH=/bin:/sbin:/usr/bin:/usr/sbin".into()],
+        cwd: "/".into(),
+        user: String::new(),
+        streams: vec![Stream::Stdout],
+        window: None,
+    };
+    let limit = 64 << 20;
+    let container = ContainerSpec {
+        writable: Writable::Memory { limit },
+    };
+    let process = child.start(container, process).expect("starts");
+    process.stdout.expect("was asked for")
+}
+
+/// Runs a shell in a child to its end; returns what it printed.
+pub fn shell(child: &mut Child, script: &str) -> String {
+    let mut stdout = start_shell(child, script);
+    stdout.set_read_timeout(Some(PATIENCE)).expect("set");
+    let mut text = String::new();
+    stdout.read_to_string(&mut text).expect("reads");
+    assert_eq!(child.wait().expect("ends").code(), 0, "{script}: {text}");
+    text
+}
+
+/// The value after `name=` in a text of such lines.
+pub fn field<'a>(text: &'a str, name: &str) -> &'a str {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+        .unwrap_or_else(|| panic!("no {name}= in {text:?}"))
+}
