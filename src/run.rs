@@ -86,7 +86,7 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
         _ => None,
     };
     let signals = signals::Catcher::new()?;
-    let stdio = Stdio::new(args.tty)?;
+    let stdio = Stdio::new(args.tty, args.interactive)?;
     let mut child = template.fork(ForkSpec {
         hostname: plan.hostname,
         disks: Disks {

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 /// Our side, ready before the container starts.
 pub struct Stdio {
+    interactive: bool,
     raw: Option<Raw>,
 }
 
@@ -21,11 +22,14 @@ pub struct Copies {
 }
 
 impl Stdio {
+    /// With both, every key that is typed is the container's; with `tty` alone,
+    /// only its output is shown, as docker has it.
+    ///
     /// # Errors
     /// A terminal that was asked for and is not there.
-    pub fn new(tty: bool) -> Result<Self> {
-        let raw = tty.then(Raw::new).transpose()?;
-        Ok(Self { raw })
+    pub fn new(tty: bool, interactive: bool) -> Result<Self> {
+        let raw = (tty && interactive).then(Raw::new).transpose()?;
+        Ok(Self { interactive, raw })
     }
 
     /// Begins to copy.
@@ -42,8 +46,10 @@ impl Stdio {
         } = process;
         let mut outputs = Vec::new();
         if let Some(terminal) = terminal {
-            let to = terminal.try_clone().context("dup")?;
-            input("terminal-in", to)?;
+            if self.interactive {
+                let to = terminal.try_clone().context("dup")?;
+                input("terminal-in", to)?;
+            }
             outputs.push(output("terminal-out", terminal, io::stdout())?);
         }
         if let Some(stdin) = stdin {

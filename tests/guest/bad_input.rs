@@ -59,7 +59,7 @@ fn what_is_not_there_or_out_of_bounds_is_refused_before_anything_is_made() {
             "exclude",
             &["--read-only", "--writable-memory", "1m", "busybox", "true"],
         ),
-        ("not a terminal", &["-t", "busybox", "true"]),
+        ("not a terminal", &["-it", "busybox", "true"]),
         ("host", &["--hostname", "two words", "busybox", "true"]),
     ] {
         let line = Call::run_in(root, words).refused(125);
