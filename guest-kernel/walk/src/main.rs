@@ -3,8 +3,10 @@
 //! default docker container, and prints one line for each: `entry<TAB>answer`.
 //! Two kernels serve programs alike if their walks are alike.
 //!
-//! `walk` walks; as PID 1 it also mounts what it needs and resets the machine at
-//! the end. `walk compare REFERENCE MEASURED ALLOWED` compares two walks.
+//! `walk` enters such circumstances and walks; as PID 1 it also mounts what it
+//! needs and resets the machine at the end. `walk inside` is in a container
+//! already, with a tmpfs at `/tmp` and a devpts at `/tmp/pts`. `walk compare
+//! REFERENCE MEASURED ALLOWED` compares two walks.
 
 mod calls;
 mod compare;
@@ -24,10 +26,12 @@ fn main() -> ExitCode {
     let init = std::process::id() == 1;
     let done = match arguments[..] {
         // The kernel gives PID 1 the words of its command line that it does not know.
-        _ if init => container::be_init().and_then(|()| kernel::in_child(walk)),
-        [] => walk(),
+        _ if init => container::be_init()
+            .and_then(|()| kernel::in_child(|| container::enter().and_then(|()| walk()))),
+        [] => container::enter().and_then(|()| walk()),
+        ["inside"] => walk(),
         ["compare", reference, measured, allowed] => compare(reference, measured, allowed),
-        _ => Err("usage: walk | walk compare REFERENCE MEASURED ALLOWED".to_owned()),
+        _ => Err("usage: walk [inside] | walk compare REFERENCE MEASURED ALLOWED".to_owned()),
     };
     let status = match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -43,7 +47,6 @@ fn main() -> ExitCode {
 }
 
 fn walk() -> Result<(), String> {
-    container::enter()?;
     let mut failed = None;
     let mut line = |entry: String, answer: String| {
         // At once: what was asked before a call that ends the machine is known.
