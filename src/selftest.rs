@@ -40,7 +40,10 @@ pub fn cli(json: bool) -> Result<u8> {
             };
             match bench::measure(&bench, Arc::clone(host)) {
                 Ok(run) => runs.push(run),
-                Err(error) => failures.push(format!("{guest:?} guest, {cpus} vCPU: {error:#}")),
+                Err(error) => failures.push(format!(
+                    "{guest:?} guest, {cpus} vCPU: {}",
+                    crate::line(&error)
+                )),
             }
         }
     }
