@@ -1,6 +1,7 @@
 //! What the options of `run` make of a container.
 
 use crate::support::{Call, field};
+use rustix::fs::OFlags;
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
@@ -9,6 +10,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::Stdio;
 
 #[test]
@@ -91,7 +93,12 @@ fn a_terminal_has_the_callers_size_and_follows_it() {
     unlockpt(&master).expect("unlockpt");
     let slave = OsString::from_vec(ptsname(&master, Vec::new()).expect("ptsname").into_bytes());
     let slave = || -> Stdio {
-        let open = File::options().read(true).write(true).open(&slave);
+        // A session leader, as the tests may be, would get it as its controlling
+        // terminal, and a SIGHUP when the master closes.
+        let noctty = OFlags::NOCTTY.bits() as i32;
+        let mut options = File::options();
+        let open = options.read(true).write(true).custom_flags(noctty);
+        let open = open.open(&slave);
         OwnedFd::from(open.expect("opens")).into()
     };
     resize(&master, 33, 77);
