@@ -1,6 +1,7 @@
 //! `cargo xtask agent`: the guest's PID 1, built static and packed as an
 //! initramfs.
 
+use crate::cpio::Archive;
 use crate::host;
 use anyhow::{Context, Result};
 use std::fs;
@@ -22,9 +23,9 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Builds the agent as the checkout has it, and returns its initramfs in the
 /// cache. The same agent gives the same bytes and the same path.
 pub fn ensure() -> Result<PathBuf> {
-    let agent = build()?;
+    let agent = build_static("vm-run-agent", "vm-run-agent")?;
     let agent = fs::read(&agent).with_context(|| format!("cannot read {}", agent.display()))?;
-    let archive = initramfs(&agent)?;
+    let archive = initramfs(&agent);
     let dir = host::cache_dir()?
         .join("agent")
         .join(host::key(&[&archive]));
@@ -40,8 +41,8 @@ pub fn ensure() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Builds the static binary, in the guest workspace's own target directory.
-fn build() -> Result<PathBuf> {
+/// Builds a static program of the guest's workspace, in its own target directory.
+pub fn build_static(package: &str, program: &str) -> Result<PathBuf> {
     let workspace = host::root().join("guest-kernel");
     let target = workspace.join("target");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -52,13 +53,13 @@ fn build() -> Result<PathBuf> {
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .env("RUSTFLAGS", rustflags(&workspace))
             .args(["build", "--release", "--locked", "--quiet"])
-            .args(["--package", "vm-run-agent", "--bin", "vm-run-agent"])
+            .args(["--package", package, "--bin", program])
             .args(["--target", TARGET])
             .arg("--target-dir")
             .arg(&target),
     )
-    .context("cannot build the guest's agent")?;
-    Ok(target.join(TARGET).join("release").join("vm-run-agent"))
+    .with_context(|| format!("cannot build {package}"))?;
+    Ok(target.join(TARGET).join("release").join(program))
 }
 
 /// Static, and with no path of this machine in it: the digest of the guest must
@@ -74,87 +75,19 @@ fn rustflags(workspace: &Path) -> String {
     flags.join(" ")
 }
 
-/// An entry's type, `S_IFMT` of its mode.
-#[derive(Clone, Copy)]
-enum Kind {
-    Directory,
-    File,
-    Character { major: u32, minor: u32 },
-}
-
 /// The initramfs: the agent as /init, the directories that it mounts on, and the
 /// two devices that must be there before it has mounted anything (its standard
 /// streams: the kernel opens /dev/console for it, and Rust's start code opens
 /// /dev/null where there is no console).
-fn initramfs(agent: &[u8]) -> Result<Vec<u8>> {
-    let console = Kind::Character { major: 5, minor: 1 };
-    let null = Kind::Character { major: 1, minor: 3 };
+fn initramfs(agent: &[u8]) -> Vec<u8> {
     let mut archive = Archive::default();
     for directory in ["dev", "mnt", "proc", "sys"] {
-        archive.entry(directory, Kind::Directory, 0o755, &[])?;
+        archive.directory(directory);
     }
-    archive.entry("dev/console", console, 0o600, &[])?;
-    archive.entry("dev/null", null, 0o666, &[])?;
-    archive.entry("init", Kind::File, 0o755, agent)?;
+    archive.character("dev/console", 0o600, [5, 1]);
+    archive.character("dev/null", 0o666, [1, 3]);
+    archive.file("init", 0o755, agent);
     archive.finish()
-}
-
-/// A cpio archive of the "newc" format (Linux
-/// Documentation/driver-api/early-userspace/buffer-format.rst). Owners are root
-/// and times zero: the same content gives the same bytes.
-#[derive(Default)]
-struct Archive {
-    bytes: Vec<u8>,
-    entries: u32,
-}
-
-impl Archive {
-    fn entry(&mut self, name: &str, kind: Kind, permissions: u32, content: &[u8]) -> Result<()> {
-        let (kind, major, minor) = match kind {
-            Kind::Directory => (0o040_000, 0, 0),
-            Kind::File => (0o100_000, 0, 0),
-            Kind::Character { major, minor } => (0o020_000, major, minor),
-        };
-        self.entries += 1;
-        let size = u32::try_from(content.len()).context("a cpio entry holds at most 4 GiB")?;
-        let name_size = name.len() as u32 + 1;
-        let fields = [
-            self.entries,       // inode
-            kind | permissions, // mode
-            0,                  // uid
-            0,                  // gid
-            1,                  // links
-            0,                  // mtime
-            size,
-            0, // device, major and minor
-            0,
-            major,
-            minor,
-            name_size,
-            0, // checksum: none in this format
-        ];
-        self.bytes.extend_from_slice(b"070701");
-        for field in fields {
-            self.bytes
-                .extend_from_slice(format!("{field:08x}").as_bytes());
-        }
-        self.bytes.extend_from_slice(name.as_bytes());
-        self.bytes.push(0);
-        self.pad();
-        self.bytes.extend_from_slice(content);
-        self.pad();
-        Ok(())
-    }
-
-    /// Names and contents end at a multiple of four.
-    fn pad(&mut self) {
-        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
-    }
-
-    fn finish(mut self) -> Result<Vec<u8>> {
-        self.entry("TRAILER!!!", Kind::File, 0, &[])?;
-        Ok(self.bytes)
-    }
 }
 
 #[cfg(test)]
@@ -163,8 +96,8 @@ mod tests {
 
     #[test]
     fn the_initramfs_is_a_cpio_archive_of_what_it_should_hold() {
-        let archive = initramfs(b"agent").unwrap();
-        assert_eq!(archive, initramfs(b"agent").unwrap());
+        let archive = initramfs(b"agent");
+        assert_eq!(archive, initramfs(b"agent"));
         assert_eq!(archive.len() % 4, 0);
         let mut rest = &archive[..];
         let mut found = Vec::new();

@@ -5,6 +5,7 @@ mod agent;
 mod arrows;
 mod artifacts;
 mod check;
+mod cpio;
 mod demo;
 mod guest;
 mod host;

@@ -7,7 +7,6 @@
 //! working directory and environment; what it writes stays inside and is lost; its
 //! stdout, stderr and exit status come back as if it had run here.
 
-pub mod cpio;
 mod image;
 mod machine;
 mod modules;

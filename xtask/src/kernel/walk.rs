@@ -1,14 +1,13 @@
 //! `cargo xtask kernel --walk`: what the guest kernel answers to programs, against
 //! what Debian's answers.
 
+use crate::agent;
+use crate::cpio::Archive;
 use crate::host;
-use crate::vmhost::cpio::Archive;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// More than the walk takes on a busy machine; its probes have limits of their own.
 const LIMIT_SECONDS: &str = "900";
@@ -44,21 +43,7 @@ pub fn compare(kernel: &Path) -> Result<()> {
 
 /// Builds the walk, static: it is the only file in its guest.
 pub fn build() -> Result<PathBuf> {
-    let workspace = host::root().join("guest-kernel");
-    let target = workspace.join("target");
-    host::run(
-        Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .current_dir(&workspace)
-            .env_remove("CARGO_ENCODED_RUSTFLAGS")
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            .args(["build", "--release", "--locked", "--quiet"])
-            .args(["--package", "vm-run-walk", "--bin", "walk"])
-            .args(["--target", TARGET])
-            .arg("--target-dir")
-            .arg(&target),
-    )
-    .context("cannot build the walk")?;
-    Ok(target.join(TARGET).join("release").join("walk"))
+    agent::build_static("vm-run-walk", "walk")
 }
 
 /// Runs the guest to its end, with its console in `output`. The machine has what

@@ -1,7 +1,8 @@
 //! The emulated host's kernel and initramfs: made from Debian's packages once, kept
 //! in the cache.
 
-use super::{HostKernel, cpio, modules};
+use super::{HostKernel, modules};
+use crate::cpio::Archive;
 use crate::host;
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -283,7 +284,7 @@ fn initramfs_archive(tree: &Path, release: &str) -> Result<Vec<u8>> {
     let dep = read(&module_tree.join("modules.dep"))?;
     let builtin = read(&module_tree.join("modules.builtin"))?;
 
-    let mut archive = cpio::Archive::default();
+    let mut archive = Archive::default();
     archive.directory("bin");
     let busybox = tree.join("busybox");
     let contents =

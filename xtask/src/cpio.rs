@@ -1,8 +1,9 @@
 //! Initramfs archives: cpio's "newc" format (Documentation/driver-api/early-userspace/buffer-format.rst
 //! in Linux), written and not read.
 
-/// `S_IFDIR`, `S_IFREG` of `st_mode`.
+/// `S_IFDIR`, `S_IFCHR`, `S_IFREG` of `st_mode`.
 const DIRECTORY: u32 = 0o040_000;
+const CHARACTER: u32 = 0o020_000;
 const REGULAR: u32 = 0o100_000;
 
 /// An archive that grows by one entry a call; everything in it belongs to root and
@@ -16,22 +17,28 @@ pub struct Archive {
 impl Archive {
     /// Adds the directory `path` (relative, its parents added before), mode 0755.
     pub fn directory(&mut self, path: &str) {
-        self.entry(path, DIRECTORY | 0o755, &[]);
+        self.entry(path, DIRECTORY | 0o755, [0, 0], &[]);
+    }
+
+    /// Adds the character device `path` with its permission bits and its major and
+    /// minor numbers.
+    pub fn character(&mut self, path: &str, permissions: u32, device: [u32; 2]) {
+        self.entry(path, CHARACTER | permissions, device, &[]);
     }
 
     /// Adds the file `path` with its permission bits. Contents are at most 4 GiB, the
     /// format's own bound.
     pub fn file(&mut self, path: &str, permissions: u32, contents: &[u8]) {
-        self.entry(path, REGULAR | permissions, contents);
+        self.entry(path, REGULAR | permissions, [0, 0], contents);
     }
 
     /// Ends the archive.
     pub fn finish(mut self) -> Vec<u8> {
-        self.entry("TRAILER!!!", 0, &[]);
+        self.entry("TRAILER!!!", 0, [0, 0], &[]);
         self.bytes
     }
 
-    fn entry(&mut self, path: &str, mode: u32, contents: &[u8]) {
+    fn entry(&mut self, path: &str, mode: u32, device: [u32; 2], contents: &[u8]) {
         self.entries += 1;
         let fields = [
             self.entries, // ino
@@ -43,8 +50,8 @@ impl Archive {
             contents.len() as u32,
             0, // devmajor
             0, // devminor
-            0, // rdevmajor
-            0, // rdevminor
+            device[0],
+            device[1],
             path.len() as u32 + 1,
             0, // check
         ];
