@@ -7,8 +7,7 @@ use crate::host::Host;
 use crate::kvm::KvmVm;
 use crate::machine::Bus;
 use crate::memory::{Image, Ram};
-use crate::vcpu::state;
-use crate::vm::VmState;
+use crate::vm::{VmState, restore_state};
 use kvm_ioctls::VcpuExit;
 use std::time::{Duration, Instant};
 
@@ -30,16 +29,13 @@ pub fn measure(
     patches: &[(u64, &[u8])],
 ) -> Result<Duration, Error> {
     let begin = Instant::now();
+    state.check()?;
     let vcpus = state.vcpus.len() as u8;
     let (kvm, mut fds, _) = KvmVm::new(host, vcpus, || Ram::private(image))?;
     for (gpa, bytes) in patches {
         kvm.ram.write(*gpa, bytes)?;
     }
-    for (vcpu, state) in fds.iter().zip(&state.vcpus) {
-        let host_khz = vcpu.get_tsc_khz().unwrap_or(state.tsc_khz);
-        state::restore(vcpu, state, host_khz)?;
-    }
-    kvm.restore(&state.vm)?;
+    restore_state(&kvm, &fds, state)?;
     let Some(vcpu) = fds.first_mut() else {
         return Err(Error::State("no vCPU".into()));
     };

@@ -4,7 +4,7 @@ use crate::error::{ConfigError, Error};
 use crate::host::Host;
 use crate::io::IoThread;
 use crate::kvm::{KvmVm, KvmVmState};
-use crate::layout::{CMDLINE_MAX, MEMORY_MAX, VCPUS_MAX};
+use crate::layout::{CMDLINE_MAX, VCPUS_MAX};
 use crate::machine::{Bus, Devices, DevicesState, Disks, EventSink, VIRTIO_DEVICES, lock};
 use crate::memory::{Image, Ram};
 use crate::payload::{Payload, linux, micro};
@@ -180,13 +180,7 @@ impl Vm {
         for (gpa, bytes) in patches {
             kvm.ram.write(*gpa, bytes)?;
         }
-        for (vcpu, state) in fds.iter().zip(&state.vcpus) {
-            state.check(kvm.xsave_size)?;
-            // A KVM that cannot tell scales nothing: 0 Hz differs from nothing.
-            let host_khz = vcpu.get_tsc_khz().unwrap_or(state.tsc_khz);
-            state::restore(vcpu, state, host_khz)?;
-        }
-        kvm.restore(&state.vm)?;
+        restore_state(&kvm, &fds, state)?;
         let vm = Self::start(host, kvm, fds, &state.devices, disks, events, |restored| {
             Timeline {
                 asked,
@@ -336,12 +330,21 @@ impl Vm {
     }
 }
 
+/// Gives a fresh VM everything of `state` but its devices. A state from disk is
+/// checked here, before KVM reads its buffers.
+pub(crate) fn restore_state(kvm: &KvmVm, fds: &[VcpuFd], state: &VmState) -> Result<(), Error> {
+    for (vcpu, state) in fds.iter().zip(&state.vcpus) {
+        state.check(kvm.xsave_size)?;
+        // A KVM that cannot tell scales nothing: 0 Hz differs from nothing.
+        let host_khz = vcpu.get_tsc_khz().unwrap_or(state.tsc_khz);
+        state::restore(vcpu, state, host_khz)?;
+    }
+    kvm.restore(&state.vm)
+}
+
 fn check_config(config: &VmConfig) -> Result<(), ConfigError> {
     if !(1..=VCPUS_MAX).contains(&config.vcpus) {
         return Err(ConfigError::Vcpus(config.vcpus));
-    }
-    if config.memory > MEMORY_MAX {
-        return Err(ConfigError::Memory(config.memory));
     }
     match &config.payload {
         Payload::Linux { cmdline, .. } if cmdline.len() >= CMDLINE_MAX || !cmdline.is_ascii() => {

@@ -96,7 +96,7 @@ impl Calls for VcpuFd {
     #[allow(unsafe_code)]
     fn xsave(&self, xsave: &Xsave) -> Result<(), Error> {
         // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, at most. The
-        // buffer is that long: `save` made it so, and `VcpuState::check` holds
+        // buffer is that long: `save` made it so, and `vm::restore_state` holds
         // a state from disk against this host's size.
         unsafe { self.set_xsave2(xsave) }.map_err(Error::kvm("KVM_SET_XSAVE"))
     }
