@@ -178,14 +178,8 @@ fn unpack_kernel(package: &str, tree: &Path) -> Result<()> {
 /// Downloads the package that `meta` depends on into `tree`; returns its file.
 fn download_kernel(meta: &str, tree: &Path) -> Result<PathBuf> {
     let real = real_package(meta)?;
-    host::run(
-        Command::new("apt-get")
-            // As root: the sandboxed user cannot write where we are.
-            .args(["-qq", "-o", "APT::Sandbox::User=root", "download", &real])
-            .current_dir(tree)
-            .stdout(Stdio::null()),
-    )?;
-    find_entry(tree, "linux-image-")
+    let version = host::apt_candidate(&real)?;
+    host::apt_download(&real, &version, tree)
 }
 
 /// The versioned package that the meta package depends on.
