@@ -178,7 +178,10 @@ impl Plan {
         Ok(Self {
             rootfs,
             hostname,
-            container: ContainerSpec { writable },
+            container: ContainerSpec {
+                writable,
+                warm: false,
+            },
             process: ProcessSpec {
                 args: argv,
                 env,

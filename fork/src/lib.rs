@@ -38,6 +38,7 @@ mod guest;
 mod identity;
 mod store;
 mod template;
+mod worker;
 
 pub use agent::Remote;
 pub use child::{Child, Process, Stages};

@@ -205,6 +205,7 @@ pub fn start_shell(child: &mut Child, script: &str) -> std::os::unix::net::UnixS
     let limit = 64 << 20;
     let container = ContainerSpec {
         writable: Writable::Memory { limit },
+        warm: false,
     };
     let process = child.start(container, process).expect("starts");
     process.stdout.expect("was asked for")

@@ -14,6 +14,15 @@
 //! The host opens the streams of a process before it asks for its start, and
 //! [`ProcessSpec::streams`] names them, so that the agent knows what to wait for.
 //!
+//! A **warm** container (one with [`ContainerSpec::warm`]) says [`Event::Warm`] and
+//! can then be frozen with the whole guest. After [`Request::Freeze`] the agent stops
+//! all processes of the container (its cgroup's freezer), delivers what they have
+//! written, lets go of the host's streams without ending the container's, and says
+//! [`Event::Frozen`]. The host closes every connection, and when the last is gone the
+//! agent rings the fork point. In each child it takes the identity, thaws the
+//! container, and waits for connections as a bare child does; the host opens streams
+//! and asks for [`Request::Attach`].
+//!
 //! A frame is a length (u32, little-endian, at most [`MAX_FRAME`]) and as many
 //! bytes of postcard. Both sides treat a longer or undecodable frame as the end
 //! of the connection.
@@ -78,6 +87,24 @@ pub enum Request {
         /// The process.
         process: ProcessSpec,
     },
+    /// Start one more process in the container, with an id that was never used
+    /// in this child.
+    Exec {
+        /// Its name from now on; not [`CONTAINER`].
+        id: ProcessId,
+        /// The process.
+        process: ProcessSpec,
+    },
+    /// Make the guest ready to be frozen. Only while a warm container runs, and
+    /// nothing else does.
+    Freeze,
+    /// In a child of a warm template: tie these streams, which the host has
+    /// opened, to the container's first process; answered by [`Event::Started`].
+    /// Streams that the process was not started with stay closed.
+    Attach {
+        /// Which.
+        streams: Vec<Stream>,
+    },
     /// Send a signal to a process. To one that has ended: nothing happens.
     Signal {
         /// To whom.
@@ -108,6 +135,17 @@ pub enum Event {
         process: ProcessId,
         /// Of what sort: it decides the exit status that docker would give.
         reason: StartFailure,
+        /// One line for people.
+        message: String,
+    },
+    /// The container has said that it is warm. Once, and only by a container that
+    /// was started so.
+    Warm,
+    /// The container is frozen, and the guest will be at its fork point when all
+    /// connections are closed.
+    Frozen,
+    /// [`Request::Freeze`] cannot be done; the container runs on.
+    FreezeFailed {
         /// One line for people.
         message: String,
     },
@@ -165,6 +203,9 @@ pub struct WindowSize {
 pub struct ContainerSpec {
     /// What lies over the read-only image.
     pub writable: Writable,
+    /// Whether the container will say when it is warm: it finds the socket and the
+    /// helper program of docs/warm.md under `/run/vm-run`.
+    pub warm: bool,
 }
 
 /// The writable layer of a container.

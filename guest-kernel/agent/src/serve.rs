@@ -274,6 +274,9 @@ impl Server {
                 process: CONTAINER,
                 size,
             } => self.container.resize(size, self.links.values()),
+            Request::Exec { .. } | Request::Freeze | Request::Attach { .. } => {
+                return Err(Broken::Undecodable);
+            }
             // A process that there is not.
             Request::Signal { .. } | Request::Resize { .. } => {}
         }

@@ -268,6 +268,7 @@ fn connect(socket: &Path, hello: &Hello) -> UnixStream {
 pub fn process(args: &[&str]) -> (ContainerSpec, ProcessSpec) {
     let container = ContainerSpec {
         writable: Writable::Memory { limit: 16 << 20 },
+        warm: false,
     };
     let process = ProcessSpec {
         args: args.iter().map(|arg| (*arg).to_owned()).collect(),

@@ -1,0 +1,3 @@
+//! One VM in a process of its own.
+
+mod packet;
