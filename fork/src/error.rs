@@ -73,6 +73,17 @@ pub enum Error {
     /// The call does not fit the child's state.
     #[error("the child {0}")]
     State(&'static str),
+    /// A worker process, or the spawner that starts them: what was tried failed.
+    #[error("{what}: {source}")]
+    Worker {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// What a worker or the spawner said before it gave up; or that it ended.
+    #[error("{0}")]
+    Jail(String),
 }
 
 impl Error {
@@ -85,5 +96,9 @@ impl Error {
             what,
             source,
         }
+    }
+
+    pub(crate) fn worker(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Worker { what, source }
     }
 }

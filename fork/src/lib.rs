@@ -36,9 +36,10 @@ mod error;
 pub mod fuzz;
 mod guest;
 mod identity;
+mod jail;
 mod store;
 mod template;
-mod worker;
+pub mod worker;
 
 pub use agent::Remote;
 pub use child::{Child, Process, Stages};

@@ -1,3 +1,15 @@
-//! One VM in a process of its own.
+//! One VM in a process of its own, in a jail.
+//!
+//! The program with the VMs, which is not jailed, starts one *spawner*, and that
+//! starts *workers*: processes of the program `vm-run-worker`, whose `main` is
+//! [`main`]. [`Workers`] is the spawner as its owner sees it.
 
 mod packet;
+mod process;
+mod spawner;
+
+pub use crate::jail::Limits;
+#[doc(hidden)]
+pub use process::main_with;
+pub use process::{find_program, main};
+pub use spawner::{Counts, Jail, Workers, WorkersSpec};

@@ -1,0 +1,255 @@
+//! The spawner as its owner sees it: a process that starts workers and sees them end.
+//!
+//! The owner is a program with many threads, open files and secrets in its memory; a
+//! worker is to have none of them. So workers are not forked from the owner, but from
+//! a small process that it starts once. That one also knows when each has died, and
+//! takes away what it left.
+
+mod process;
+
+pub(super) use process::run;
+
+use super::packet;
+use super::process::{Entered, SPAWNER};
+use crate::error::Error;
+use crate::jail::{Confinement, Limits};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What both programs must be of: they are installed together.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// How long a worker may take into its jail. A millisecond is usual; an emulated host
+/// under load is a thousand times slower.
+const ENTER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long the spawner may take to end all workers: some milliseconds each, and there
+/// may be a thousand.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Whether workers are jailed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Jail {
+    /// Each worker has a user, namespaces and a cgroup of its own, an empty root, and
+    /// no privilege. Needs root.
+    On(Limits),
+    /// Only what a process can do to itself: no_new_privs, resource limits and the
+    /// lists of system calls. For use without root.
+    Off,
+}
+
+/// How to start workers.
+#[derive(Debug, Clone)]
+pub struct WorkersSpec {
+    /// The worker program: see [`find_program`](super::find_program).
+    pub program: PathBuf,
+    /// What each worker is put into.
+    pub jail: Jail,
+}
+
+/// What became of the workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Those that were started.
+    pub started: u64,
+    /// Those of them that have ended and been reaped; their cgroups are removed.
+    pub gone: u64,
+}
+
+/// The spawner. Dropping it ends all workers, and returns when they are gone.
+#[derive(Debug)]
+pub struct Workers {
+    /// One request and its answer at a time. `None`: an exchange was broken off.
+    socket: Mutex<Option<OwnedFd>>,
+    spawner: Child,
+    missing: Vec<String>,
+}
+
+/// From the owner to the spawner.
+#[derive(Debug, Serialize, Deserialize)]
+enum Request {
+    /// First, and once.
+    Configure { version: String, jail: Jail },
+    /// Start a worker.
+    Spawn,
+    /// Count.
+    Counts,
+}
+
+/// From the spawner: one to each request.
+#[derive(Debug, Serialize, Deserialize)]
+enum Reply {
+    /// The limits that cannot be kept.
+    Configured {
+        missing: Vec<String>,
+    },
+    /// With the owner's end of the worker's socket.
+    Spawned {
+        pid: i32,
+    },
+    Counts(Counts),
+    Failed(String),
+}
+
+/// From the spawner to a worker: it is in its cgroup and may begin.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Start {
+    pub(super) confinement: Confinement,
+}
+
+impl Workers {
+    /// Starts a spawner.
+    ///
+    /// # Errors
+    /// A program that cannot be started or is of another version.
+    pub fn start(spec: WorkersSpec) -> Result<Self, Error> {
+        let (socket, theirs) = packet::pair().map_err(Error::worker("socketpair"))?;
+        let program = std::path::absolute(&spec.program)
+            .map_err(Error::io(&spec.program, "cannot find it"))?;
+        let spawner = Command::new(&program)
+            .arg(SPAWNER)
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(Error::io(&program, "cannot start it"))?;
+        let mut this = Self {
+            socket: Mutex::new(Some(socket)),
+            spawner,
+            missing: Vec::new(),
+        };
+        let configure = Request::Configure {
+            version: VERSION.to_owned(),
+            jail: spec.jail,
+        };
+        match this.ask(&configure)? {
+            (Reply::Configured { missing }, _) => this.missing = missing,
+            (other, _) => return Err(unexpected(other)),
+        }
+        Ok(this)
+    }
+
+    /// The limits that this host cannot keep, for want of cgroups: one line each.
+    pub fn missing(&self) -> &[String] {
+        &self.missing
+    }
+
+    /// Starts a worker and waits until it is in its jail. Returns the socket to it and
+    /// its pid. The worker ends when the socket is closed; nobody else needs to reap it.
+    ///
+    /// # Errors
+    /// What kept the worker from its jail.
+    #[doc(hidden)]
+    pub fn spawn(&self) -> Result<(OwnedFd, Pid), Error> {
+        let (pid, socket) = match self.ask(&Request::Spawn)? {
+            (Reply::Spawned { pid }, Some(socket)) => (pid, socket),
+            (other, _) => return Err(unexpected(other)),
+        };
+        let pid = Pid::from_raw(pid).ok_or_else(|| unexpected(Reply::Spawned { pid }))?;
+        // Outside of the lock: meanwhile the spawner starts the next.
+        if !readable(&socket, ENTER_TIMEOUT)? {
+            return Err(Error::Jail(format!(
+                "worker {pid} was not in its jail after {} s",
+                ENTER_TIMEOUT.as_secs()
+            )));
+        }
+        match packet::receive::<Entered>(&socket).map_err(Error::worker("a worker's packet"))? {
+            Some((Ok(()), _)) => Ok((socket, pid)),
+            Some((Err(line), _)) => Err(Error::Jail(line)),
+            None => Err(Error::Jail(format!(
+                "worker {pid} died on its way into its jail"
+            ))),
+        }
+    }
+
+    /// How many workers were started, and how many of them are gone.
+    ///
+    /// # Errors
+    /// When the spawner has died.
+    pub fn counts(&self) -> Result<Counts, Error> {
+        match self.ask(&Request::Counts)? {
+            (Reply::Counts(counts), _) => Ok(counts),
+            (other, _) => Err(unexpected(other)),
+        }
+    }
+
+    /// One exchange. One that fails is the last: a late answer would be taken for
+    /// the next request's.
+    fn ask(&self, request: &Request) -> Result<(Reply, Option<OwnedFd>), Error> {
+        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let exchange = |socket: &OwnedFd| {
+            packet::send(socket, request, &[])?;
+            packet::receive::<Reply>(socket)
+        };
+        let answer = match socket.as_ref().map(exchange) {
+            Some(Ok(Some(answer))) => answer,
+            Some(Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => {
+                *socket = None;
+                return Err(Error::worker("the spawner's packet")(error));
+            }
+            _ => {
+                *socket = None;
+                return Err(Error::Jail("the spawner of workers has died".into()));
+            }
+        };
+        match answer {
+            (Reply::Failed(line), _) => Err(Error::Jail(line)),
+            (reply, descriptors) => Ok((reply, descriptors.into_iter().next())),
+        }
+    }
+}
+
+fn unexpected(reply: Reply) -> Error {
+    Error::Jail(format!("the spawner answered something else: {reply:?}"))
+}
+
+/// Whether `fd` can be read, or has ended, within `limit`.
+fn readable(fd: impl AsFd, limit: Duration) -> Result<bool, Error> {
+    let until = Instant::now() + limit;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).unwrap_or_default();
+        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(Error::worker("poll")(errno.into())),
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        // The end of this socket is what tells the spawner.
+        *self
+            .socket
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner) = None;
+        if let Err(error) = end(&mut self.spawner) {
+            log::error!("the spawner of workers did not end: {error}");
+        }
+    }
+}
+
+/// Waits for the spawner's end, and kills it when that takes too long: then its
+/// workers die with it, and the next spawner removes their cgroups.
+fn end(spawner: &mut Child) -> Result<(), Error> {
+    let pid = Pid::from_child(spawner);
+    let ended = pidfd_open(pid, PidfdFlags::empty())
+        .map_err(|errno| Error::worker("pidfd_open")(errno.into()))
+        .and_then(|pidfd| readable(pidfd, END_TIMEOUT));
+    if !matches!(ended, Ok(true)) {
+        log::warn!("the spawner of workers is killed");
+        spawner.kill().map_err(Error::worker("kill"))?;
+    }
+    spawner.wait().map_err(Error::worker("wait"))?;
+    Ok(())
+}
