@@ -73,9 +73,9 @@ pub enum Error {
     /// The call does not fit the child's state.
     #[error("the child {0}")]
     State(&'static str),
-    /// A worker process, or the spawner that starts them: what was tried failed.
-    #[error("{what}: {source}")]
-    Worker {
+    /// The spawner of workers, or a worker on its way into its jail: a call failed.
+    #[error("workers: {what}: {source}")]
+    Spawner {
         /// What was tried.
         what: &'static str,
         /// What the system said.
@@ -98,7 +98,7 @@ impl Error {
         }
     }
 
-    pub(crate) fn worker(what: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Worker { what, source }
+    pub(crate) fn spawner(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Spawner { what, source }
     }
 }

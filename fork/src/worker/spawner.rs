@@ -111,7 +111,7 @@ impl Workers {
     /// # Errors
     /// A program that cannot be started or is of another version.
     pub fn start(spec: WorkersSpec) -> Result<Self, Error> {
-        let (socket, theirs) = packet::pair().map_err(Error::worker("socketpair"))?;
+        let (socket, theirs) = packet::pair().map_err(Error::spawner("socketpair"))?;
         let program = std::path::absolute(&spec.program)
             .map_err(Error::io(&spec.program, "cannot find it"))?;
         let spawner = Command::new(&program)
@@ -162,7 +162,7 @@ impl Workers {
                 ENTER_TIMEOUT.as_secs()
             )));
         }
-        match packet::receive::<Entered>(&socket).map_err(Error::worker("a worker's packet"))? {
+        match packet::receive::<Entered>(&socket).map_err(Error::spawner("a worker's packet"))? {
             Some((Ok(()), _)) => Ok((socket, pid)),
             Some((Err(line), _)) => Err(Error::Jail(line)),
             None => Err(Error::Jail(format!(
@@ -194,7 +194,7 @@ impl Workers {
             Some(Ok(Some(answer))) => answer,
             Some(Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => {
                 *socket = None;
-                return Err(Error::worker("the spawner's packet")(error));
+                return Err(Error::spawner("the spawner's packet")(error));
             }
             _ => {
                 *socket = None;
@@ -221,7 +221,7 @@ fn readable(fd: impl AsFd, limit: Duration) -> Result<bool, Error> {
         match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left)) {
             Ok(ready) => return Ok(ready > 0),
             Err(Errno::INTR) => {}
-            Err(errno) => return Err(Error::worker("poll")(errno.into())),
+            Err(errno) => return Err(Error::spawner("poll")(errno.into())),
         }
     }
 }
@@ -244,12 +244,12 @@ impl Drop for Workers {
 fn end(spawner: &mut Child) -> Result<(), Error> {
     let pid = Pid::from_child(spawner);
     let ended = pidfd_open(pid, PidfdFlags::empty())
-        .map_err(|errno| Error::worker("pidfd_open")(errno.into()))
+        .map_err(|errno| Error::spawner("pidfd_open")(errno.into()))
         .and_then(|pidfd| readable(pidfd, END_TIMEOUT));
     if !matches!(ended, Ok(true)) {
         log::warn!("the spawner of workers is killed");
-        spawner.kill().map_err(Error::worker("kill"))?;
+        spawner.kill().map_err(Error::spawner("kill"))?;
     }
-    spawner.wait().map_err(Error::worker("wait"))?;
+    spawner.wait().map_err(Error::spawner("wait"))?;
     Ok(())
 }
