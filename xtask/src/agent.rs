@@ -1,5 +1,5 @@
-//! `cargo xtask agent`: the guest's PID 1, built static and packed as an
-//! initramfs.
+//! `cargo xtask agent`: the guest's PID 1 and the program `warm`, built static and
+//! packed as an initramfs.
 
 use crate::cpio::Archive;
 use crate::host;
@@ -23,9 +23,11 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Builds the agent as the checkout has it, and returns its initramfs in the
 /// cache. The same agent gives the same bytes and the same path.
 pub fn ensure() -> Result<PathBuf> {
-    let agent = build_static("vm-run-agent", "vm-run-agent")?;
-    let agent = fs::read(&agent).with_context(|| format!("cannot read {}", agent.display()))?;
-    let archive = initramfs(&agent);
+    let build = |program| {
+        let path = build_static("vm-run-agent", program)?;
+        fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let archive = initramfs(&build("vm-run-agent")?, &build("warm")?);
     let dir = host::cache_dir()?
         .join("agent")
         .join(host::key(&[&archive]));
@@ -75,11 +77,11 @@ fn rustflags(workspace: &Path) -> String {
     flags.join(" ")
 }
 
-/// The initramfs: the agent as /init, the directories that it mounts on, and the
-/// two devices that must be there before it has mounted anything (its standard
+/// The initramfs: the agent as /init, the program that it gives to warm containers,
+/// the directories that it mounts on, and the two devices that must be there before it has mounted anything (its standard
 /// streams: the kernel opens /dev/console for it, and Rust's start code opens
 /// /dev/null where there is no console).
-fn initramfs(agent: &[u8]) -> Vec<u8> {
+fn initramfs(agent: &[u8], warm: &[u8]) -> Vec<u8> {
     let mut archive = Archive::default();
     for directory in ["dev", "mnt", "proc", "sys"] {
         archive.directory(directory);
@@ -87,6 +89,7 @@ fn initramfs(agent: &[u8]) -> Vec<u8> {
     archive.character("dev/console", 0o600, [5, 1]);
     archive.character("dev/null", 0o666, [1, 3]);
     archive.file("init", 0o755, agent);
+    archive.file("warm", 0o755, warm);
     archive.finish()
 }
 
@@ -96,8 +99,8 @@ mod tests {
 
     #[test]
     fn the_initramfs_is_a_cpio_archive_of_what_it_should_hold() {
-        let archive = initramfs(b"agent");
-        assert_eq!(archive, initramfs(b"agent"));
+        let archive = initramfs(b"agent", b"warm");
+        assert_eq!(archive, initramfs(b"agent", b"warm"));
         assert_eq!(archive.len() % 4, 0);
         let mut rest = &archive[..];
         let mut found = Vec::new();
@@ -114,8 +117,10 @@ mod tests {
             }
             found.push((name, mode, field(9), field(10)));
             let content = (110 + name_size).next_multiple_of(4);
-            if name == "init" {
-                assert_eq!(&rest[content..content + size], b"agent");
+            match name {
+                "init" => assert_eq!(&rest[content..content + size], b"agent"),
+                "warm" => assert_eq!(&rest[content..content + size], b"warm"),
+                _ => {}
             }
             rest = &rest[(content + size).next_multiple_of(4)..];
         }
@@ -129,6 +134,7 @@ mod tests {
                 ("dev/console", 0o020_600, 5, 1),
                 ("dev/null", 0o020_666, 1, 3),
                 ("init", 0o100_755, 0, 0),
+                ("warm", 0o100_755, 0, 0),
             ]
         );
     }

@@ -1,224 +1,170 @@
-//! The life of the container's first process, as events for the host.
+//! The container: its first process, and those that are started beside it.
 
 use crate::exec::Failure;
-use crate::spawn::{self, Report, Resources, Spawned, next_report, resize};
-use crate::streams::Link;
-use crate::sys;
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::process::{Pid, WaitStatus};
+use crate::process::{Process, start_failed};
+use crate::spawn::{self, Resources, SpawnError, Spawned};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::process::Pid;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use vm_run_abi::protocol::{
-    CONTAINER, ContainerSpec, Event, ExitStatus, ProcessSpec, Stream, WindowSize,
-};
+use vm_run_abi::protocol::{CONTAINER, ContainerSpec, Event, ProcessId, ProcessSpec, Stream};
 
-/// Where the container is in its life.
-#[derive(Debug, Default)]
-enum State {
-    /// Not asked for.
-    #[default]
-    None,
-    /// Asked for; not all of its streams have come.
-    Waiting(Box<(ContainerSpec, ProcessSpec)>),
-    /// On its way to its program.
-    Starting(Starting),
-    /// Its program runs.
-    Running(Pid),
-    /// Ended, or never started.
-    Over,
-}
+/// How many processes the host can have in a container at once.
+const MAX_PROCESSES: usize = 256;
 
+/// A process that the host has asked for, whose streams have not all come.
 #[derive(Debug)]
-struct Starting {
-    pid: Pid,
-    reports: OwnedFd,
-    ready: bool,
-    failure: Option<Failure>,
+struct Wanted {
+    /// For the first process.
+    container: Option<ContainerSpec>,
+    process: ProcessSpec,
 }
 
-/// What the loop has to act on.
+/// What has come of a start.
 #[derive(Debug)]
-pub enum Happened {
-    /// The process has made its terminal: master and slave side.
-    Terminal(OwnedFd, OwnedFd),
-    /// For the host.
-    Event(Event),
-}
-
-impl Happened {
-    /// The container could not be started, for a reason that is not its
-    /// command's.
-    pub fn start_failed(message: String) -> Self {
-        Failure::other(message).into()
-    }
-}
-
-impl From<Failure> for Happened {
-    fn from(Failure { reason, message }: Failure) -> Self {
-        Self::Event(Event::StartFailed {
-            process: CONTAINER,
-            reason,
-            message,
-        })
-    }
+pub enum Start {
+    /// It waits for streams, or nobody has asked for it.
+    Waiting,
+    /// It is on its way; these are the agent's ends of its pipes.
+    Begun(Vec<(Stream, OwnedFd)>),
+    /// It has not begun, and this is for the host.
+    Failed(Event),
 }
 
 /// The container. There is one in the life of a child.
 #[derive(Debug, Default)]
 pub struct Container {
-    state: State,
-    /// The size that the host has asked for since the terminal was.
-    resized: Option<WindowSize>,
+    wanted: BTreeMap<ProcessId, Wanted>,
+    processes: BTreeMap<ProcessId, Process>,
+    /// The ids that were asked for: each stands for one process.
+    used: BTreeSet<ProcessId>,
+    /// The first process by its pidfd, the way into its namespaces.
+    entrance: Option<OwnedFd>,
 }
 
 impl Container {
-    /// Notes what is to be started; `false` if something was before.
+    /// Notes that the first process is to be started; `false` if it was before.
     pub fn ask(&mut self, container: ContainerSpec, process: ProcessSpec) -> bool {
-        let first = matches!(self.state, State::None);
+        let container = Some(container);
+        self.want(CONTAINER, Wanted { container, process })
+    }
+
+    /// Notes that one more is to be started; `false` if the id was used before.
+    pub fn ask_exec(&mut self, id: ProcessId, process: ProcessSpec) -> bool {
+        let container = None;
+        id != CONTAINER && self.want(id, Wanted { container, process })
+    }
+
+    fn want(&mut self, id: ProcessId, wanted: Wanted) -> bool {
+        let first = self.used.insert(id);
         if first {
-            self.state = State::Waiting(Box::new((container, process)));
+            self.wanted.insert(id, wanted);
         }
         first
     }
 
-    /// Starts it, once it is asked for and the streams that it needs are among
-    /// `arrived`; `None` before that. The result is the agent's ends of its pipes.
+    /// Starts a process, once it is asked for and the streams that it needs are
+    /// among `arrived`. An error is the end of the guest.
     pub fn start(
         &mut self,
+        id: ProcessId,
         resources: &Resources,
         arrived: &[Stream],
-    ) -> Option<Result<Vec<(Stream, OwnedFd)>, Happened>> {
-        let State::Waiting(specs) = &self.state else {
-            return None;
+    ) -> io::Result<Start> {
+        let Some(wanted) = self.wanted.get(&id) else {
+            return Ok(Start::Waiting);
         };
-        let (container, process) = specs.as_ref();
-        if let Err(why) = check_streams(&process.streams) {
-            self.state = State::Over;
-            return Some(Err(Happened::start_failed(why)));
+        let streams = &wanted.process.streams;
+        let checked = check_streams(streams);
+        if checked.is_ok() && !streams.iter().all(|s| arrived.contains(s)) {
+            return Ok(Start::Waiting);
         }
-        if !process.streams.iter().all(|s| arrived.contains(s)) {
-            return None;
-        }
-        Some(match spawn::container(resources, container, process) {
-            Ok(Spawned {
-                pid,
-                reports,
-                pipes,
-            }) => {
-                self.state = State::Starting(Starting {
-                    pid,
-                    reports,
-                    ready: false,
-                    failure: None,
-                });
-                Ok(pipes)
-            }
-            Err(failure) => {
-                self.state = State::Over;
-                Err(failure.into())
-            }
-        })
-    }
-
-    /// What a new process reports over, while it is starting.
-    pub fn reports(&self) -> Option<BorrowedFd<'_>> {
-        match &self.state {
-            State::Starting(starting) => Some(starting.reports.as_fd()),
-            _ => None,
-        }
-    }
-
-    /// Reads all that the new process has reported until now.
-    pub fn read_reports(&mut self) -> io::Result<Vec<Happened>> {
-        let mut happened = Vec::new();
-        while let State::Starting(starting) = &mut self.state {
-            match next_report(starting.reports.as_fd())? {
-                None => break,
-                Some(Report::Terminal(master, slave)) => {
-                    if let Some(size) = self.resized {
-                        resize(master.as_fd(), size)?;
-                    }
-                    happened.push(Happened::Terminal(master, slave));
+        let spawned = match checked {
+            Ok(()) => self.spawn(wanted, resources),
+            Err(why) => Err(Failure::other(why).into()),
+        };
+        self.wanted.remove(&id);
+        match spawned {
+            Ok(mut spawned) => {
+                let pipes = std::mem::take(&mut spawned.pipes);
+                if id == CONTAINER {
+                    self.entrance = spawned.pidfd.take();
                 }
-                Some(Report::Ready) => starting.ready = true,
-                Some(Report::Failed(failure)) => starting.failure = Some(failure),
-                Some(Report::End) if starting.ready && starting.failure.is_none() => {
-                    self.state = State::Running(starting.pid);
-                    let process = CONTAINER;
-                    happened.push(Happened::Event(Event::Started { process }));
-                }
-                // It has failed, or died: its end is a matter of moments.
-                Some(Report::End) => break,
+                self.processes.insert(id, Process::new(id, spawned));
+                Ok(Start::Begun(pipes))
             }
-        }
-        Ok(happened)
-    }
-
-    /// Its process has been reaped. What it reported has been read before.
-    pub fn ended(&mut self, status: WaitStatus) -> Happened {
-        let status = exit_status(status);
-        match std::mem::replace(&mut self.state, State::Over) {
-            State::Starting(Starting {
-                failure: Some(failure),
-                ..
-            }) => failure.into(),
-            State::Starting(_) => Happened::start_failed(match status {
-                ExitStatus::Signal(n) => format!("killed by signal {n} before its program ran"),
-                ExitStatus::Code(n) => format!("ended with status {n} before its program ran"),
-            }),
-            _ => Happened::Event(Event::Exited {
-                process: CONTAINER,
-                status,
-            }),
+            Err(SpawnError::Failed(failure)) => Ok(Start::Failed(start_failed(id, failure))),
+            Err(SpawnError::Lost(error)) => Err(error),
         }
     }
 
-    /// Sends it a signal. Nothing happens if it is not there, or if the number
-    /// is none.
-    pub fn signal(&self, signal: i32) {
-        if let Some(pid) = self.pid()
-            && (1..=libc::SIGRTMAX()).contains(&signal)
-        {
-            // The process is not reaped yet, so the number is still its own, and
-            // PID 1 may signal anybody.
-            sys::kill(pid, signal).ok();
+    fn spawn(&self, wanted: &Wanted, resources: &Resources) -> Result<Spawned, SpawnError> {
+        let Wanted { container, process } = wanted;
+        if let Some(container) = container {
+            return spawn::container(resources, container, process);
+        }
+        let running = self
+            .processes
+            .get(&CONTAINER)
+            .is_some_and(Process::is_running);
+        match &self.entrance {
+            _ if self.processes.len() >= MAX_PROCESSES => {
+                let message = format!("the container has {MAX_PROCESSES} processes already");
+                Err(Failure::other(message).into())
+            }
+            Some(entrance) if running => spawn::exec(resources, entrance.as_fd(), process),
+            _ => Err(Failure::other("the container is not running").into()),
         }
     }
 
-    /// Sets the size of its terminal, or of the one that it is going to have.
-    pub fn resize<'a>(&mut self, size: WindowSize, links: impl Iterator<Item = &'a Link>) {
-        self.resized = Some(size);
-        for link in links.filter(|link| link.is_terminal()) {
-            // A terminal that has hung up has no size to set.
-            resize(link.guest(), size).ok();
+    /// A process that is there.
+    pub fn get_mut(&mut self, id: ProcessId) -> Option<&mut Process> {
+        self.processes.get_mut(&id)
+    }
+
+    /// Takes out the process that has this number, which has been reaped.
+    pub fn take(&mut self, id: ProcessId) -> Option<Process> {
+        if id == CONTAINER {
+            self.entrance = None;
         }
+        self.processes.remove(&id)
     }
 
-    fn pid(&self) -> Option<Pid> {
-        match &self.state {
-            State::Starting(starting) => Some(starting.pid),
-            State::Running(pid) => Some(*pid),
-            State::None | State::Waiting(_) | State::Over => None,
-        }
+    /// Whose number that is.
+    pub fn find(&self, pid: Pid) -> Option<ProcessId> {
+        let mut all = self.processes.iter();
+        all.find(|(_, process)| process.pid() == pid)
+            .map(|(id, _)| *id)
     }
 
-    /// Whether `pid` is its first process.
-    pub fn is(&self, pid: Pid) -> bool {
-        self.pid() == Some(pid)
-    }
-
-    /// Whether it has a process.
+    /// Whether it has its first process.
     pub fn is_alive(&self) -> bool {
-        self.pid().is_some()
+        self.processes.contains_key(&CONTAINER)
     }
 
-    /// Whether it has, or had, a process.
-    pub fn is_started(&self) -> bool {
-        !matches!(self.state, State::None | State::Waiting(_))
+    /// Whether the first process runs its program, and no other is there or is
+    /// asked for.
+    pub fn is_alone(&self) -> bool {
+        let first = self
+            .processes
+            .get(&CONTAINER)
+            .is_some_and(Process::is_running);
+        first && self.processes.len() == 1 && self.wanted.is_empty()
+    }
+
+    /// Whether a process of this id is still to be started.
+    pub fn awaits(&self, id: ProcessId) -> bool {
+        !self.used.contains(&id) || self.wanted.contains_key(&id)
+    }
+
+    /// In a new child: the host counts its ids anew.
+    pub fn forget_ids(&mut self) {
+        self.used.retain(|id| *id == CONTAINER);
     }
 }
 
 /// Each stream once, and a terminal alone.
-fn check_streams(streams: &[Stream]) -> Result<(), String> {
+pub fn check_streams(streams: &[Stream]) -> Result<(), String> {
     let twice = (1..streams.len()).any(|i| streams[i..].contains(&streams[i - 1]));
     if twice {
         return Err("a stream is named twice".to_owned());
@@ -227,13 +173,6 @@ fn check_streams(streams: &[Stream]) -> Result<(), String> {
         return Err("a terminal is the only stream of its process".to_owned());
     }
     Ok(())
-}
-
-fn exit_status(status: WaitStatus) -> ExitStatus {
-    match (status.exit_status(), status.terminating_signal()) {
-        (_, Some(signal)) => ExitStatus::Signal(signal as u8),
-        (code, None) => ExitStatus::Code(code.unwrap_or_default() as u8),
-    }
 }
 
 #[cfg(test)]

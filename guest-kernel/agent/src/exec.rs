@@ -161,9 +161,14 @@ pub struct Program {
 
 impl Program {
     /// Finds the command and completes the environment with `PATH`, `HOME` and
-    /// `HOSTNAME`.
+    /// `HOSTNAME`, and with `added`, which replaces what the host has said.
     /// To be called as the user that is to run it.
-    pub fn find(process: &ProcessSpec, user: &User, hostname: &str) -> Result<Self, Failure> {
+    pub fn find(
+        process: &ProcessSpec,
+        user: &User,
+        hostname: &str,
+        added: &[&str],
+    ) -> Result<Self, Failure> {
         let command = process
             .args
             .first()
@@ -188,6 +193,11 @@ impl Program {
         if value_of("HOME").is_none_or(str::is_empty) {
             env.retain(|v| !v.starts_with("HOME="));
             env.push(format!("HOME={}", user.home));
+        }
+        let name_of = |value: &str| value.split('=').next().map(str::to_owned);
+        for value in added {
+            env.retain(|other| name_of(other) != name_of(value));
+            env.push((*value).to_owned());
         }
         Ok(Self {
             command: command.clone(),

@@ -31,15 +31,17 @@ impl ForkPoint {
         })
     }
 
-    /// Rings the fork point until this is a child, and makes its identity hold.
-    /// An error must end the guest: nothing may run under a twin's identity.
-    pub fn become_child(&self) -> Result<(), String> {
+    /// Rings the fork point until this is a child, and makes its identity hold:
+    /// the result is its generation. An error must end the guest: nothing may run
+    /// under a twin's identity.
+    pub fn become_child(&self) -> Result<u64, String> {
         let generation = self.take_identity();
         // The entropy has been passed by value: whoever freezes this child is
         // not to find it in what the calls have left.
         sys::wipe_stack();
-        self.doorbell.identity_applied(generation?);
-        Ok(())
+        let generation = generation?;
+        self.doorbell.identity_applied(generation);
+        Ok(generation)
     }
 
     /// A function of its own so that its frame can be wiped.

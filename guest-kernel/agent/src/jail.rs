@@ -9,6 +9,7 @@ use crate::mounts::{
     bind, detach, make_device, make_directory, make_directory_with, make_file_for_mount,
     make_read_only, mount,
 };
+use crate::names::Names;
 use rustix::fd::OwnedFd;
 use rustix::fs::CWD;
 use rustix::mount::{MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags};
@@ -18,7 +19,11 @@ use std::path::Path;
 
 /// Files that the guest writes and the container finds in /etc.
 #[derive(Debug)]
-pub struct GeneratedFiles(Vec<(&'static str, OwnedFd)>);
+pub struct GeneratedFiles {
+    names: Names,
+    /// A mount of each, and where it goes.
+    mounts: [(&'static str, OwnedFd); 2],
+}
 
 /// Where the files are written; a file system of its own, seen by nobody else.
 const GENERATED: &str = "/mnt/files";
@@ -40,27 +45,20 @@ pub fn generate_files(hostname: &str) -> Result<GeneratedFiles, String> {
         MountFlags::NOATIME,
         c"size=64k,mode=755",
     )?;
-    let hosts = format!(
-        "127.0.0.1\tlocalhost\n\
-         ::1\tlocalhost ip6-localhost ip6-loopback\n\
-         fe00::\tip6-localnet\n\
-         ff00::\tip6-mcastprefix\n\
-         ff02::1\tip6-allnodes\n\
-         ff02::2\tip6-allrouters\n\
-         127.0.1.1\t{hostname}\n"
-    );
-    let file = |target: &'static str, name: &str, content: String| {
+    let names = Names::make(GENERATED, hostname)
+        .map_err(|e| format!("cannot make the files with the hostname: {e}"))?;
+    let tree = |target: &'static str, name: &str| {
         let path = format!("{GENERATED}/{name}");
-        let failed = |e: std::io::Error| format!("cannot make {target}: {e}");
-        fs::write(&path, content).map_err(failed)?;
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let tree = rustix::mount::open_tree(CWD, &path, flags).map_err(|e| failed(e.into()))?;
-        Ok::<_, String>((target, tree))
+        rustix::mount::open_tree(CWD, &path, flags)
+            .map(|tree| (target, tree))
+            .map_err(|e| format!("cannot make {target}: {e}"))
     };
-    Ok(GeneratedFiles(vec![
-        file("/etc/hostname", "hostname", format!("{hostname}\n"))?,
-        file("/etc/hosts", "hosts", hosts)?,
-    ]))
+    let mounts = [
+        tree("/etc/hostname", "hostname")?,
+        tree("/etc/hosts", "hosts")?,
+    ];
+    Ok(GeneratedFiles { names, mounts })
 }
 
 /// Makes the mount at `root` the root, and drops the old one with all of its
@@ -127,15 +125,15 @@ fn fill_dev() -> Result<(), String> {
 }
 
 impl GeneratedFiles {
-    /// Puts the files where the container finds them.
-    pub fn place(self) -> Result<(), String> {
-        for (target, tree) in self.0 {
+    /// Puts the files where the container finds them, and returns them open.
+    pub fn place(self) -> Result<Names, String> {
+        for (target, tree) in self.mounts {
             make_file_for_mount(target)?;
             let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
             rustix::mount::move_mount(&tree, "", CWD, target, flags)
                 .map_err(|e| format!("cannot mount {target}: {e}"))?;
         }
-        Ok(())
+        Ok(self.names)
     }
 }
 

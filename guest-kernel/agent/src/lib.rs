@@ -3,10 +3,11 @@
 //!
 //! - [`mounts`], [`check`], [`devices`]: the guest itself, before the fork point;
 //! - [`doorbell`], [`identity`]: the fork point and what a child becomes there;
-//! - [`serve`]: the event loop over [`frame`]s and [`streams`], and the
-//!   [`container`] that it serves;
-//! - [`spawn`], then in the new process [`rootfs`], [`jail`], [`user`], [`exec`]:
-//!   the way of the container's process from the agent to its program.
+//! - [`serve`]: the event loop over [`poll`], [`control`] with its [`frame`]s and
+//!   [`streams`], and the [`container`] of [`process`]es that it serves;
+//! - [`warm`], [`names`], [`freezer`]: what a warm container has beside;
+//! - [`spawn`], then in the new process [`report`], [`rootfs`], [`jail`], [`user`],
+//!   [`exec`]: the way of a process of the container from the agent to its program.
 //!
 //! It is a library so that a test can run the loop and start containers over
 //! any stream socket, without a virtual machine.
@@ -16,16 +17,23 @@
 
 pub mod check;
 pub mod container;
+pub mod control;
 pub mod devices;
 pub mod doorbell;
 pub mod exec;
 pub mod frame;
+pub mod freezer;
 pub mod identity;
 pub mod jail;
 pub mod mounts;
+pub mod names;
+pub mod poll;
+pub mod process;
+pub mod report;
 pub mod rootfs;
 pub mod serve;
 pub mod spawn;
 pub mod streams;
 pub mod sys;
 pub mod user;
+pub mod warm;

@@ -2,7 +2,7 @@
 
 use rustix::fd::AsFd;
 use rustix::mm::{MlockAllFlags, mlockall};
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{PidfdFlags, Resource, Rlimit, getpid, pidfd_open, setrlimit};
 use rustix::system::{RebootCommand, reboot};
 use std::io::Write;
 use std::process::ExitCode;
@@ -11,9 +11,10 @@ use std::time::Duration;
 use vm_run_abi::protocol::PORT;
 use vm_run_agent::devices::Rules;
 use vm_run_agent::doorbell::Doorbell;
+use vm_run_agent::freezer::Freezer;
 use vm_run_agent::identity::ForkPoint;
 use vm_run_agent::rootfs::Disks;
-use vm_run_agent::serve::Server;
+use vm_run_agent::serve::{Done, Server};
 use vm_run_agent::spawn::Resources;
 use vm_run_agent::{check, mounts, sys};
 
@@ -42,14 +43,32 @@ fn main() -> ExitCode {
     }
 }
 
-/// From the kernel's hand-over to the end of the container.
+/// From the kernel's hand-over to the end of the container. A warm container
+/// takes the guest to the fork point again.
 fn live() -> Result<(), String> {
     let (fork_point, mut server) = boot()?;
-    fork_point.become_child()?;
-    let served = server.run();
-    // What the container wrote to a disk of its own is to be there next time.
-    rustix::fs::sync();
-    served.map_err(|e| format!("the event loop failed: {e}"))
+    loop {
+        settle()?;
+        let generation = fork_point.become_child()?;
+        server
+            .become_child(generation)
+            .map_err(|e| format!("the container cannot be made a child: {e}"))?;
+        let served = server.run();
+        // What the container wrote to a disk of its own is to be there next time,
+        // and is not for each child to write anew.
+        rustix::fs::sync();
+        match served.map_err(|e| format!("the event loop failed: {e}"))? {
+            Done::Over => return Ok(()),
+            Done::Frozen => {}
+        }
+    }
+}
+
+/// Has in memory and mapped what a child touches first: its page faults are not
+/// the child's to pay. Every process that was started has left the agent's pages
+/// to be copied at the next write.
+fn settle() -> Result<(), String> {
+    mlockall(MlockAllFlags::CURRENT).map_err(|e| format!("cannot lock memory: {e}"))
 }
 
 /// Sets up the guest, to everything ready for the fork point.
@@ -70,11 +89,7 @@ fn boot() -> Result<(ForkPoint, Server), String> {
     set_limits()?;
     sys::loopback_up().map_err(|e| format!("cannot bring the loopback interface up: {e}"))?;
     let fork_point = ForkPoint::prepare(doorbell)?;
-    let server = prepare_server(disks)?;
-    // What a child touches first is in memory and mapped before it is a child,
-    // and its page faults are not the child's to pay.
-    mlockall(MlockAllFlags::CURRENT).map_err(|e| format!("cannot lock memory: {e}"))?;
-    Ok((fork_point, server))
+    Ok((fork_point, prepare_server(disks)?))
 }
 
 fn set_limits() -> Result<(), String> {
@@ -105,10 +120,16 @@ fn check_machine(has_devtmpfs: bool, disks: &Disks) -> Result<(), String> {
 
 fn prepare_server(disks: Disks) -> Result<Server, String> {
     mounts::enable_controllers()?;
+    let cgroup = mounts::make_cgroup("container")?;
     let resources = Resources {
         disks,
-        cgroup: mounts::make_cgroup("container")?,
+        freezer: Freezer::open(cgroup.as_fd())
+            .map_err(|e| format!("cannot open the container's freezer: {e}"))?,
+        cgroup,
         rules: load_rules().map_err(|e| format!("cannot load the rules for devices: {e}"))?,
+        helper: "/warm".to_owned(),
+        agent: pidfd_open(getpid(), PidfdFlags::empty())
+            .map_err(|e| format!("cannot open a pidfd of the agent: {e}"))?,
     };
     let listener = sys::listen_vsock(PORT).map_err(|e| format!("cannot listen on vsock: {e}"))?;
     let signals = sys::child_signals().map_err(|e| format!("cannot watch for SIGCHLD: {e}"))?;

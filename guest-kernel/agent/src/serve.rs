@@ -1,40 +1,37 @@
 //! The event loop: one thread, everything that can wait is in one epoll.
 
-use crate::container::{Container, Happened};
-use crate::frame::{self, Broken, Reader};
-use crate::spawn::Resources;
-use crate::streams::{Link, Turn};
+mod freeze;
+
+use crate::container::{Container, Start};
+use crate::control::Control;
+use crate::frame::{Broken, Reader};
+use crate::poll::{Poll, Token, meaning};
+use crate::process::Happened;
+use crate::spawn::{Resources, resize};
+use crate::streams::{End, Link, Turn};
 use crate::sys;
-use rustix::buffer::spare_capacity;
+use crate::warm::Warm;
+use freeze::{Attachment, Stage};
 use rustix::event::{Timespec, epoll};
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
-use vm_run_abi::protocol::{CONTAINER, Event, Hello, MAX_FRAME, Request, Stream};
+use vm_run_abi::protocol::{CONTAINER, Event, Hello, ProcessId, Request, Stream, WindowSize};
 
-/// The longest [`Hello`], in bytes; it holds two small enums and a number.
+/// The longest [`Hello`], in bytes; it holds two small enums and two numbers.
 const MAX_HELLO: usize = 16;
 
 /// How many connections may be waiting for their [`Hello`].
 const MAX_GREETING: usize = 16;
 
-/// How many streams a process can have.
-const MAX_STREAMS: usize = 3;
+/// How many streams may be waiting for their process.
+const MAX_ARRIVED: usize = 1024;
 
 /// How long the container may take to die when the host has gone.
 const LAST_PATIENCE: Duration = Duration::from_secs(5);
-
-/// What an epoll event is about.
-type Token = u64;
-const LISTENER: Token = 0;
-const SIGNALS: Token = 1;
-const CONTROL: Token = 2;
-const REPORTS: Token = 3;
-/// Greetings and links count up from here; no number is used twice.
-const FIRST_FREE: Token = 16;
 
 /// A connection that has not said yet what it is for.
 #[derive(Debug)]
@@ -43,31 +40,53 @@ struct Greeting {
     reader: Reader,
 }
 
-/// The host's control connection.
+/// A stream that has come and that no process has yet.
 #[derive(Debug)]
-struct Control {
+struct Arrived {
+    process: ProcessId,
+    stream: Stream,
     socket: OwnedFd,
-    reader: Reader,
-    /// Encoded events that the socket has not taken yet.
-    unsent: VecDeque<u8>,
+}
+
+/// A stream of a process that is tied to the host.
+#[derive(Debug)]
+struct Tied {
+    process: ProcessId,
+    stream: Stream,
+    link: Link,
+}
+
+/// Why the loop has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Done {
+    /// The host has gone, and so has the container.
+    Over,
+    /// The container is frozen and every connection closed: the next is the fork
+    /// point, then [`Server::become_child`].
+    Frozen,
 }
 
 /// The agent after the fork point.
 #[derive(Debug)]
 pub struct Server {
-    epoll: OwnedFd,
+    poll: Poll,
     listener: OwnedFd,
     signals: OwnedFd,
     resources: Resources,
-    next_token: Token,
-    greetings: BTreeMap<Token, Greeting>,
+    /// For tokens.
+    next_number: u64,
+    greetings: BTreeMap<u64, Greeting>,
     control: Option<Control>,
-    /// Streams that have come and whose process has not started.
-    arrived: Vec<(Stream, OwnedFd)>,
-    links: BTreeMap<Token, Link>,
-    /// Links that stopped only to let others have their turn.
-    unfinished: Vec<Token>,
+    arrived: Vec<Arrived>,
+    streams: BTreeMap<u64, Tied>,
+    /// Streams that stopped only to let others have their turn.
+    unfinished: Vec<u64>,
     container: Container,
+    warm: Option<Warm>,
+    stage: Stage,
+    attachment: Attachment,
+    /// Streams of the first process that are tied to no host.
+    loose: Vec<(Stream, End)>,
     /// When the host has gone: until when the container may take to end.
     deadline: Option<Instant>,
 }
@@ -76,54 +95,55 @@ impl Server {
     /// Makes the loop ready: whatever it needs before the first connection is
     /// open when this returns. `signals` is [`sys::child_signals`].
     pub fn new(listener: OwnedFd, signals: OwnedFd, resources: Resources) -> io::Result<Self> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        for (fd, token) in [(&listener, LISTENER), (&signals, SIGNALS)] {
-            let data = epoll::EventData::new_u64(token);
-            epoll::add(&epoll, fd, data, epoll::EventFlags::IN)?;
-        }
+        let poll = Poll::new()?;
+        poll.watch_for_input(&listener, Token::Listener)?;
+        poll.watch_for_input(&signals, Token::Signals)?;
         Ok(Self {
-            epoll,
+            poll,
             listener,
             signals,
             resources,
-            next_token: FIRST_FREE,
+            next_number: 0,
             greetings: BTreeMap::new(),
             control: None,
             arrived: Vec::new(),
-            links: BTreeMap::new(),
+            streams: BTreeMap::new(),
             unfinished: Vec::new(),
             container: Container::default(),
+            warm: None,
+            stage: Stage::Serving,
+            attachment: Attachment::Tied,
+            loose: Vec::new(),
             deadline: None,
         })
     }
 
-    /// Serves until the host closes the control connection, and the container
-    /// has ended.
-    pub fn run(&mut self) -> io::Result<()> {
+    /// Serves until the host closes the control connection and the container has
+    /// ended, or until both are frozen.
+    pub fn run(&mut self) -> io::Result<Done> {
         let mut events = Vec::with_capacity(32);
         loop {
-            events.clear();
-            let timeout = self.timeout();
-            match epoll::wait(&self.epoll, spare_capacity(&mut events), timeout.as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
+            self.poll.wait(&mut events, self.timeout())?;
+            for (token, flags) in events.iter().filter_map(meaning) {
+                self.dispatch(token, flags)?;
             }
-            for event in &events {
-                let (flags, data) = (event.flags, event.data);
-                self.dispatch(data.u64(), flags)?;
+            for number in std::mem::take(&mut self.unfinished) {
+                self.turn(number);
             }
-            for token in std::mem::take(&mut self.unfinished) {
-                self.turn(token);
+            self.go_on_freezing()?;
+            if self.is_at_fork_point() {
+                return Ok(Done::Frozen);
             }
             let expired = self.deadline.is_some_and(|at| Instant::now() >= at);
             if expired || (self.deadline.is_some() && !self.container.is_alive()) {
-                return Ok(());
+                return Ok(Done::Over);
             }
         }
     }
 
     fn timeout(&self) -> Option<Timespec> {
-        let wait = match (self.unfinished.is_empty(), self.deadline) {
+        let next = self.deadline.into_iter().chain(self.stage.until()).min();
+        let wait = match (self.unfinished.is_empty(), next) {
             (false, _) => Duration::ZERO,
             (true, None) => return None,
             (true, Some(at)) => at.saturating_duration_since(Instant::now()),
@@ -136,48 +156,46 @@ impl Server {
 
     fn dispatch(&mut self, token: Token, flags: epoll::EventFlags) -> io::Result<()> {
         match token {
-            LISTENER => self.accept(),
-            SIGNALS => self.reap(),
-            CONTROL => {
-                self.read_control();
+            Token::Listener => self.accept(),
+            Token::Signals => self.reap(),
+            Token::Control => {
+                self.read_control()?;
                 self.flush_control();
                 Ok(())
             }
-            REPORTS => {
-                let happened = self.container.read_reports()?;
-                self.tell(happened);
+            // It is looked at after every event.
+            Token::Freezer => Ok(()),
+            Token::WarmListener => match &mut self.warm {
+                Some(warm) => warm.accept(&self.poll).map(drop),
+                None => Ok(()),
+            },
+            Token::WarmClient(number) => {
+                if self.warm.as_mut().is_some_and(|warm| warm.read(number)) {
+                    self.send(&Event::Warm);
+                }
                 Ok(())
             }
-            token if self.greetings.contains_key(&token) => self.greet(token),
-            token => {
+            Token::Reports(id) => self.read_reports(id),
+            Token::Greeting(number) => self.greet(number),
+            Token::Stream(number) => {
                 if flags.intersects(epoll::EventFlags::ERR)
-                    && let Some(link) = self.links.get_mut(&token)
+                    && let Some(tied) = self.streams.get_mut(&number)
                 {
-                    link.failed();
+                    tied.link.failed();
                 }
-                self.turn(token);
+                self.turn(number);
+                Ok(())
+            }
+            Token::Leaving(number) => {
+                self.stage.left(number, flags);
                 Ok(())
             }
         }
     }
 
-    fn watch(&self, fd: BorrowedFd<'_>, token: Token) -> io::Result<()> {
-        let flags = epoll::EventFlags::IN
-            | epoll::EventFlags::OUT
-            | epoll::EventFlags::RDHUP
-            | epoll::EventFlags::ET;
-        Ok(epoll::add(
-            &self.epoll,
-            fd,
-            epoll::EventData::new_u64(token),
-            flags,
-        )?)
-    }
-
-    fn new_token(&mut self) -> Token {
-        let token = self.next_token;
-        self.next_token += 1;
-        token
+    fn new_number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
     }
 
     /// Takes one connection; the listener is level-triggered and calls again.
@@ -194,17 +212,17 @@ impl Server {
         if self.greetings.len() >= MAX_GREETING {
             return Ok(());
         }
-        let token = self.new_token();
-        self.watch(socket.as_fd(), token)?;
+        let number = self.new_number();
+        self.poll.watch_edges(&socket, Token::Greeting(number))?;
         let reader = Reader::new(MAX_HELLO);
-        self.greetings.insert(token, Greeting { socket, reader });
-        self.greet(token)
+        self.greetings.insert(number, Greeting { socket, reader });
+        self.greet(number)
     }
 
     /// Reads what a connection is for, and puts it there. A connection that
     /// nobody expects is closed.
-    fn greet(&mut self, token: Token) -> io::Result<()> {
-        let Some(greeting) = self.greetings.get_mut(&token) else {
+    fn greet(&mut self, number: u64) -> io::Result<()> {
+        let Some(greeting) = self.greetings.get_mut(&number) else {
             return Ok(());
         };
         let hello = match greeting.reader.next(&greeting.socket) {
@@ -212,148 +230,209 @@ impl Server {
             Ok(Some(hello)) => Some(hello),
             Err(_) => None,
         };
-        let Some(Greeting { socket, .. }) = self.greetings.remove(&token) else {
+        let Some(Greeting { socket, .. }) = self.greetings.remove(&number) else {
             return Ok(());
         };
-        epoll::delete(&self.epoll, &socket)?;
+        self.poll.remove(&socket)?;
         match hello {
-            Some(Hello::Control) if self.control.is_none() && self.deadline.is_none() => {
-                self.watch(socket.as_fd(), CONTROL)?;
-                self.control = Some(Control {
+            Some(Hello::Control) if self.expects_control() => {
+                let control = Control::new(socket);
+                self.poll.watch_edges(control.socket(), Token::Control)?;
+                self.control = Some(control);
+                self.read_control()
+            }
+            Some(Hello::Stdio { process, stream }) if self.expects(process, stream) => {
+                self.arrived.push(Arrived {
+                    process,
+                    stream,
                     socket,
-                    reader: Reader::new(MAX_FRAME),
-                    unsent: VecDeque::new(),
                 });
-                self.read_control();
+                self.streams_have_come(process)
             }
-            Some(Hello::Stdio {
-                process: CONTAINER,
-                stream,
-            }) if self.expects(stream) => {
-                self.arrived.push((stream, socket));
-                self.start_if_complete();
-            }
-            _ => {}
+            _ => Ok(()),
         }
-        Ok(())
     }
 
-    fn expects(&self, stream: Stream) -> bool {
-        !self.container.is_started()
-            && self.arrived.len() < MAX_STREAMS
-            && self.arrived.iter().all(|(other, _)| *other != stream)
+    fn expects_control(&self) -> bool {
+        self.control.is_none() && self.deadline.is_none() && !self.stage.is_leaving()
     }
 
-    fn read_control(&mut self) {
+    fn expects(&self, process: ProcessId, stream: Stream) -> bool {
+        let is_new = |a: &Arrived| (a.process, a.stream) != (process, stream);
+        let to_attach = process == CONTAINER && self.attachment != Attachment::Tied;
+        !self.stage.is_leaving()
+            && (to_attach || self.container.awaits(process))
+            && self.arrived.len() < MAX_ARRIVED
+            && self.arrived.iter().all(is_new)
+    }
+
+    fn read_control(&mut self) -> io::Result<()> {
         while let Some(control) = &mut self.control {
-            match control.reader.next(&control.socket) {
-                Ok(None) => return,
+            match control.next_request() {
+                Ok(None) => break,
                 Ok(Some(request)) => {
-                    if self.obey(request).is_err() {
+                    if self.obey(request)?.is_err() {
                         self.host_has_gone();
                     }
                 }
                 Err(_) => self.host_has_gone(),
             }
         }
+        Ok(())
     }
 
-    fn obey(&mut self, request: Request) -> Result<(), Broken> {
-        match request {
+    /// Does what the host asks. The outer error is the end of the guest, the
+    /// inner one is nonsense.
+    fn obey(&mut self, request: Request) -> io::Result<Result<(), Broken>> {
+        let sense = match request {
+            _ if self.stage.is_leaving() => false,
             Request::StartContainer { container, process } => {
-                if !self.container.ask(container, process) {
-                    return Err(Broken::Undecodable);
+                let sense = self.container.ask(container, process);
+                self.streams_have_come(CONTAINER)?;
+                sense
+            }
+            Request::Exec { id, process } => {
+                let sense = self.container.ask_exec(id, process);
+                self.streams_have_come(id)?;
+                sense
+            }
+            Request::Freeze => self.freeze(),
+            Request::Attach { streams } => self.attach(streams)?,
+            Request::Signal { process, signal } => {
+                // To one that there is not: nothing.
+                if let Some(process) = self.container.get_mut(process) {
+                    process.signal(signal);
                 }
-                self.start_if_complete();
+                true
             }
-            Request::Signal {
-                process: CONTAINER,
-                signal,
-            } => self.container.signal(signal),
-            Request::Resize {
-                process: CONTAINER,
-                size,
-            } => self.container.resize(size, self.links.values()),
-            Request::Exec { .. } | Request::Freeze | Request::Attach { .. } => {
-                return Err(Broken::Undecodable);
+            Request::Resize { process, size } => {
+                self.resize(process, size);
+                true
             }
-            // A process that there is not.
-            Request::Signal { .. } | Request::Resize { .. } => {}
+        };
+        Ok(if sense {
+            Ok(())
+        } else {
+            Err(Broken::Undecodable)
+        })
+    }
+
+    fn resize(&mut self, id: ProcessId, size: WindowSize) {
+        if let Some(process) = self.container.get_mut(id) {
+            process.resize(size);
         }
-        Ok(())
+        let tied = self.streams.values().filter(|tied| tied.process == id);
+        let loose = self.loose.iter().filter(|_| id == CONTAINER);
+        let ends = tied
+            .map(|tied| &tied.link.end)
+            .chain(loose.map(|(_, end)| end));
+        for end in ends.filter(|end| end.is_terminal()) {
+            // A terminal that has hung up has no size to set.
+            resize(end.guest(), size).ok();
+        }
     }
 
     /// Without its host the guest has no purpose: the container is killed, and
     /// the loop ends when it is gone.
     fn host_has_gone(&mut self) {
         self.control = None;
+        if self.stage.is_leaving() {
+            return;
+        }
         self.deadline = Some(Instant::now() + LAST_PATIENCE);
-        self.container.signal(libc::SIGKILL);
-    }
-
-    fn start_if_complete(&mut self) {
-        let arrived: Vec<Stream> = self.arrived.iter().map(|(stream, _)| *stream).collect();
-        let Some(started) = self.container.start(&self.resources, &arrived) else {
-            return;
-        };
-        let streams = std::mem::take(&mut self.arrived);
-        let result = started.and_then(|pipes| self.connect(pipes, streams).map_err(failed));
-        if let Err(happened) = result {
-            self.tell(vec![happened]);
+        if let Some(first) = self.container.get_mut(CONTAINER) {
+            first.signal(libc::SIGKILL);
         }
     }
 
-    /// Ties the pipes of the new process to the connections of the host, and
-    /// listens to its reports.
-    fn connect(
-        &mut self,
-        pipes: Vec<(Stream, OwnedFd)>,
-        mut streams: Vec<(Stream, OwnedFd)>,
-    ) -> io::Result<()> {
-        if let Some(reports) = self.container.reports() {
-            let data = epoll::EventData::new_u64(REPORTS);
-            epoll::add(&self.epoll, reports, data, epoll::EventFlags::IN)?;
+    /// Goes on with the process that has waited for its streams.
+    fn streams_have_come(&mut self, id: ProcessId) -> io::Result<()> {
+        if id == CONTAINER && self.attachment != Attachment::Tied {
+            return self.attach_if_complete();
         }
-        for (stream, pipe) in pipes {
-            let Some(at) = streams.iter().position(|(other, _)| *other == stream) else {
-                continue;
-            };
-            let (_, host) = streams.swap_remove(at);
-            self.add_link(match stream {
-                Stream::Stdin => Link::input(pipe, host),
-                Stream::Stdout | Stream::Stderr | Stream::Terminal => Link::output(pipe, host),
-            })?;
-        }
-        // The terminal's connection waits for the terminal.
-        self.arrived = streams;
-        Ok(())
-    }
-
-    fn add_link(&mut self, link: Link) -> io::Result<()> {
-        let token = self.new_token();
-        for fd in link.descriptors() {
-            self.watch(fd, token)?;
-        }
-        self.links.insert(token, link);
-        self.turn(token);
-        Ok(())
-    }
-
-    fn turn(&mut self, token: Token) {
-        let Some(link) = self.links.get_mut(&token) else {
-            return;
-        };
-        match link.turn() {
-            Turn::Waiting => {}
-            Turn::More => {
-                if !self.unfinished.contains(&token) {
-                    self.unfinished.push(token);
+        let of_process = self.arrived.iter().filter(|a| a.process == id);
+        let arrived: Vec<Stream> = of_process.map(|a| a.stream).collect();
+        match self.container.start(id, &self.resources, &arrived)? {
+            Start::Waiting => {}
+            Start::Begun(pipes) => {
+                if let Some(reports) = self.container.get_mut(id).and_then(|p| p.reports()) {
+                    self.poll.watch_for_input(reports, Token::Reports(id))?;
                 }
+                for (stream, pipe) in pipes {
+                    let end = match stream {
+                        Stream::Stdin => End::input(pipe),
+                        Stream::Stdout | Stream::Stderr | Stream::Terminal => End::output(pipe),
+                    };
+                    self.tie(id, stream, end)?;
+                }
+                // Its terminal's connection waits for the terminal.
+                self.arrived
+                    .retain(|a| a.process != id || a.stream == Stream::Terminal);
             }
-            // Closing the descriptors takes them out of the epoll: no other
-            // process has these open files.
-            Turn::Over => drop(self.links.remove(&token)),
+            Start::Failed(event) => self.tell(id, &event),
         }
+        Ok(())
+    }
+
+    /// Ties an end in the guest to the connection of the host that has come for
+    /// it. Without one the end is closed.
+    fn tie(&mut self, process: ProcessId, stream: Stream, end: End) -> io::Result<()> {
+        let wanted = |a: &Arrived| (a.process, a.stream) == (process, stream);
+        let Some(at) = self.arrived.iter().position(wanted) else {
+            return Ok(());
+        };
+        let link = Link::new(end, self.arrived.swap_remove(at).socket);
+        let number = self.new_number();
+        for fd in link.descriptors() {
+            self.poll.watch_edges(fd, Token::Stream(number))?;
+        }
+        self.streams.insert(
+            number,
+            Tied {
+                process,
+                stream,
+                link,
+            },
+        );
+        self.turn(number);
+        Ok(())
+    }
+
+    fn turn(&mut self, number: u64) {
+        let Some(tied) = self.streams.get_mut(&number) else {
+            return;
+        };
+        match tied.link.turn() {
+            Turn::Waiting => {}
+            Turn::More => self.come_back(number),
+            // Closing the descriptors takes them out of the epoll, once no new
+            // process has them either.
+            Turn::Over => drop(self.streams.remove(&number)),
+        }
+    }
+
+    fn come_back(&mut self, number: u64) {
+        if !self.unfinished.contains(&number) {
+            self.unfinished.push(number);
+        }
+    }
+
+    fn read_reports(&mut self, id: ProcessId) -> io::Result<()> {
+        let Some(process) = self.container.get_mut(id) else {
+            return Ok(());
+        };
+        for happened in process.read_reports()? {
+            match happened {
+                Happened::Terminal(master, slave) => {
+                    self.tie(id, Stream::Terminal, End::terminal(master, slave))?;
+                }
+                Happened::Warm(listener, names) => {
+                    self.warm = Some(Warm::new(listener, names, &self.poll)?);
+                }
+                Happened::Event(event) => self.tell(id, &event),
+            }
+        }
+        Ok(())
     }
 
     /// Reaps every process that has ended: the container's, and orphans of the
@@ -372,78 +451,62 @@ impl Server {
     }
 
     fn reaped(&mut self, pid: Pid, status: WaitStatus) -> io::Result<()> {
-        if !self.container.is(pid) {
+        let Some(id) = self.container.find(pid) else {
             return Ok(());
-        }
-        let reported = self.container.read_reports()?;
-        self.tell(reported);
+        };
+        self.read_reports(id)?;
         // With the first process of a PID namespace the kernel has ended all
-        // others of it: what is in the pipes now is all that will ever be.
-        for link in self.links.values_mut() {
-            link.container_ended();
+        // others of it, and waits for us to reap them before: what is in the
+        // pipes now is all that will ever be.
+        let concerned = |tied: &Tied| id == CONTAINER || tied.process == id;
+        let mut numbers = Vec::new();
+        for (number, tied) in self.streams.iter_mut().filter(|(_, tied)| concerned(tied)) {
+            tied.link.end.process_ended();
+            numbers.push(*number);
         }
-        let tokens: Vec<Token> = self.links.keys().copied().collect();
-        for token in tokens {
-            self.turn(token);
+        for number in numbers {
+            self.turn(number);
         }
-        let happened = self.container.ended(status);
-        self.tell(vec![happened]);
+        if id == CONTAINER {
+            self.first_has_ended();
+        }
+        if let Some(process) = self.container.take(id) {
+            self.tell(id, &process.ended(status));
+        }
         Ok(())
     }
 
-    /// Acts on what has happened to the container, and tells the host.
-    fn tell(&mut self, happened: Vec<Happened>) {
-        for what in happened {
-            match what {
-                Happened::Terminal(master, slave) => {
-                    let at = self
-                        .arrived
-                        .iter()
-                        .position(|(s, _)| *s == Stream::Terminal);
-                    if let Some(at) = at {
-                        let (_, host) = self.arrived.swap_remove(at);
-                        // Without a terminal the host sees its stream closed.
-                        self.add_link(Link::terminal(master, slave, host)).ok();
-                    }
-                }
-                Happened::Event(event) => {
-                    if matches!(event, Event::StartFailed { .. }) {
-                        self.arrived.clear();
-                        self.links.clear();
-                    }
-                    self.send(&event);
-                }
+    /// Tells the host what has become of a process.
+    fn tell(&mut self, id: ProcessId, event: &Event) {
+        if matches!(event, Event::StartFailed { .. }) {
+            self.arrived.retain(|a| a.process != id);
+            self.streams.retain(|_, tied| tied.process != id);
+        }
+        match (&mut self.attachment, event) {
+            // The host has not asked yet.
+            (
+                Attachment::Loose { ended } | Attachment::Asked { ended, .. },
+                Event::Exited { .. },
+            ) if id == CONTAINER => {
+                *ended = Some(event.clone());
             }
+            _ => self.send(event),
         }
     }
 
     fn send(&mut self, event: &Event) {
-        let Some(control) = &mut self.control else {
-            return;
-        };
-        match frame::encode(event) {
-            Ok(bytes) => control.unsent.extend(bytes),
-            Err(_) => self.host_has_gone(),
+        if let Some(control) = &mut self.control
+            && control.send(event).is_err()
+        {
+            self.host_has_gone();
         }
-        self.flush_control();
     }
 
     fn flush_control(&mut self) {
-        while let Some(control) = &mut self.control {
-            let (bytes, _) = control.unsent.as_slices();
-            if bytes.is_empty() {
-                return;
-            }
-            match rustix::io::write(&control.socket, bytes) {
-                Ok(n) => drop(control.unsent.drain(..n)),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return,
-                Err(_) => self.host_has_gone(),
-            }
+        if let Some(control) = &mut self.control
+            && control.flush().is_err()
+        {
+            self.host_has_gone();
         }
     }
-}
-
-fn failed(e: io::Error) -> Happened {
-    Happened::start_failed(format!("cannot watch the process: {e}"))
 }

@@ -1,32 +1,28 @@
-//! A new process: its pipes, its namespaces, and what it reports of its own
-//! start.
+//! A new process: its pipes, its namespaces, and its way to its program.
 //!
 //! The new process prepares itself (the functions from [`in_child`] on) and
-//! reports over a socket that closes at its exec: messages, each a packet.
+//! reports of it ([`crate::report`]).
 
 use crate::devices::Rules;
 use crate::exec::{self, Failure, Program};
+use crate::freezer::Freezer;
 use crate::jail;
 use crate::mounts;
+use crate::report::{self, Reporter};
 use crate::rootfs::{self, Disks};
 use crate::sys;
+use crate::warm;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, fcntl_setfl, open};
-use rustix::io::{Errno, IoSlice, IoSliceMut};
+use rustix::io::Errno;
 use rustix::mount::MountFlags;
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
-};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Uid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use std::io;
-use std::mem::MaybeUninit;
-use vm_run_abi::protocol::{
-    ContainerSpec, ProcessSpec, StartFailure, Stream, WindowSize, Writable,
-};
+use vm_run_abi::protocol::{ContainerSpec, ProcessSpec, Stream, WindowSize, Writable};
 
 /// What the guest gives to its container.
 #[derive(Debug)]
@@ -35,9 +31,17 @@ pub struct Resources {
     pub disks: Disks,
     /// The directory of the container's cgroup.
     pub cgroup: OwnedFd,
+    /// The freezer of that cgroup.
+    pub freezer: Freezer,
     /// What it may open. The rules are applied by its first process, which has
     /// its disks to mount before.
     pub rules: Rules,
+    /// The path of the program `warm` (docs/warm.md), which a container that is
+    /// to be warm finds a copy of.
+    pub helper: String,
+    /// The agent itself by a pidfd, for the way back from the namespaces of the
+    /// container.
+    pub agent: OwnedFd,
 }
 
 /// A process on its way to its program.
@@ -45,51 +49,90 @@ pub struct Resources {
 pub struct Spawned {
     /// As the agent sees it.
     pub pid: Pid,
-    /// What it reports; see [`next_report`].
+    /// The same, as a descriptor.
+    pub pidfd: Option<OwnedFd>,
+    /// What it reports; see [`report::next_report`].
     pub reports: OwnedFd,
     /// The agent's ends of its pipes, which do not block.
     pub pipes: Vec<(Stream, OwnedFd)>,
 }
 
-/// A step on the way of a new process.
+/// Why there is no new process.
 #[derive(Debug)]
-pub enum Report {
-    /// The terminal: master and slave side.
-    Terminal(OwnedFd, OwnedFd),
-    /// All is ready, the exec is next.
-    Ready,
-    /// It could not be started, and is about to end.
+pub enum SpawnError {
+    /// And nothing else has changed.
     Failed(Failure),
-    /// The socket is closed. After [`Report::Ready`] and with no
-    /// [`Report::Failed`] the program runs.
-    End,
+    /// And the agent is not where it was: the guest cannot go on.
+    Lost(io::Error),
+}
+
+impl From<Failure> for SpawnError {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+/// Where a new process goes.
+#[derive(Debug, Clone, Copy)]
+enum Place<'a> {
+    /// Into a new container, which it makes.
+    New(&'a ContainerSpec),
+    /// Into the one whose first process this is.
+    Beside(BorrowedFd<'a>),
 }
 
 /// Starts the container's first process: PID 1 of new namespaces, in its cgroup.
+///
+/// There is no UTS namespace among them: the hostname of the guest, which the
+/// agent sets at the fork point, is the container's.
 pub fn container(
     resources: &Resources,
     container: &ContainerSpec,
     process: &ProcessSpec,
+) -> Result<Spawned, SpawnError> {
+    let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC;
+    Ok(spawn(
+        resources,
+        Place::New(container),
+        namespaces,
+        process,
+    )?)
+}
+
+/// Starts one more process in the container that `entrance` is the first process
+/// of, by its pidfd.
+pub fn exec(
+    resources: &Resources,
+    entrance: BorrowedFd<'_>,
+    process: &ProcessSpec,
+) -> Result<Spawned, SpawnError> {
+    // It concerns the children that are made from here on, and not the agent.
+    let children = ThreadNameSpaceType::PROCESS_ID;
+    move_into_thread_name_spaces(entrance, children)
+        .map_err(|e| Failure::other(format!("cannot enter the container: {e}")))?;
+    let spawned = spawn(resources, Place::Beside(entrance), 0, process);
+    move_into_thread_name_spaces(resources.agent.as_fd(), children)
+        .map_err(|e| SpawnError::Lost(e.into()))?;
+    Ok(spawned?)
+}
+
+fn spawn(
+    resources: &Resources,
+    place: Place<'_>,
+    namespaces: libc::c_int,
+    process: &ProcessSpec,
 ) -> Result<Spawned, Failure> {
     let failed = |e: Errno| Failure::other(format!("cannot make pipes for the process: {e}"));
-    let (reports, reporter) = socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .map_err(failed)?;
-    fcntl_setfl(&reports, OFlags::NONBLOCK).map_err(failed)?;
+    let (reports, reporter) = report::channel().map_err(failed)?;
     let (pipes, stdio) = Stdio::open(&process.streams).map_err(failed)?;
-    let namespaces =
-        libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
     let forked = sys::fork_into(namespaces, Some(resources.cgroup.as_fd()))
         .map_err(|e| Failure::other(format!("cannot make a process: {e}")))?;
-    let Some(pid) = forked else {
-        in_child(resources, container, process, &reporter, stdio);
+    let Some((pid, pidfd)) = forked else {
+        in_child(resources, place, process, &reporter, stdio);
     };
     Ok(Spawned {
         pid,
+        pidfd: Some(pidfd),
         reports,
         pipes,
     })
@@ -125,33 +168,22 @@ impl Stdio {
 /// The new process, to its exec or its end.
 fn in_child(
     resources: &Resources,
-    container: &ContainerSpec,
+    place: Place<'_>,
     process: &ProcessSpec,
-    reporter: &OwnedFd,
+    reporter: &Reporter,
     stdio: Stdio,
 ) -> ! {
     // The agent's hook would end the guest.
     drop(std::panic::take_hook());
-    let failure = match prepare(resources, container, process, reporter, stdio) {
-        Ok(program) => match send(reporter.as_fd(), READY, &[], &[]) {
+    let failure = match prepare(resources, place, process, reporter, stdio) {
+        Ok(program) => match reporter.ready() {
             Ok(()) => program.exec(),
             Err(e) => Failure::other(format!("cannot report: {e}")),
         },
         Err(failure) => failure,
     };
-    let reason = match failure.reason {
-        StartFailure::NotFound => 0,
-        StartFailure::NotExecutable => 1,
-        StartFailure::Other => 2,
-    };
-    let message = truncate(&failure.message);
-    let sent = send(
-        reporter.as_fd(),
-        FAILED,
-        &[&[reason], message.as_bytes()],
-        &[],
-    );
     // With no report the agent sees an end before the program, which is right too.
+    let sent = reporter.failed(&failure);
     sys::exit_now(if sent.is_ok() { 1 } else { 2 })
 }
 
@@ -159,45 +191,85 @@ fn in_child(
 /// the root changes, the root before its files are looked at, privileges last.
 fn prepare(
     resources: &Resources,
-    container: &ContainerSpec,
+    place: Place<'_>,
     process: &ProcessSpec,
-    reporter: &OwnedFd,
+    reporter: &Reporter,
     stdio: Stdio,
 ) -> Result<Program, Failure> {
+    let system = rustix::system::uname();
+    let hostname = system.nodename().to_string_lossy();
+    let mut added = Vec::new();
+    match place {
+        Place::New(container) => {
+            make_container(resources, container, &hostname, reporter)?;
+            added.extend(container.warm.then_some(warm::VARIABLE));
+        }
+        Place::Beside(first) => enter(first)?,
+    }
+    let user = exec::find_user(&process.user)?;
+    let uid = Uid::from_raw(user.uid);
+    let stdio_failed = |e: Errno| Failure::other(format!("cannot set up stdio: {e}"));
+    rustix::process::setsid().map_err(stdio_failed)?;
+    if process.streams.contains(&Stream::Terminal) {
+        terminal(process.window, uid, reporter, place)?;
+    } else {
+        connect(stdio, uid).map_err(stdio_failed)?;
+    }
+    exec::enter_directory(&process.cwd)?;
+    if let Place::New(container) = place {
+        jail::protect_system()?;
+        if container.writable == Writable::Nothing {
+            mounts::make_read_only("/", MountFlags::NOATIME)?;
+        }
+    }
+    rustix::process::umask(Mode::WGRP | Mode::WOTH);
+    exec::become_user(&user)?;
+    let program = Program::find(process, &user, &hostname, &added)?;
+    sys::close_on_exec_from_3()
+        .and_then(|()| sys::reset_signals())
+        .map_err(|e| Failure::other(format!("cannot clean up before the exec: {e}")))?;
+    Ok(program)
+}
+
+/// Makes the container's root, and enters it.
+fn make_container(
+    resources: &Resources,
+    container: &ContainerSpec,
+    hostname: &str,
+    reporter: &Reporter,
+) -> Result<(), Failure> {
     sys::new_cgroup_namespace().map_err(|e| Failure::other(format!("no cgroup namespace: {e}")))?;
     jail::make_mounts_private()?;
     let root = rootfs::mount_root(&resources.disks, &container.writable)?;
     let rules = resources.rules.apply(resources.cgroup.as_fd());
     rules.map_err(|e| Failure::other(format!("cannot restrict its devices: {e}")))?;
-    let system = rustix::system::uname();
-    let hostname = system.nodename().to_string_lossy();
-    let files = jail::generate_files(&hostname)?;
+    let helper = if container.warm {
+        let path = &resources.helper;
+        let read = std::fs::read(path);
+        Some(read.map_err(|e| Failure::other(format!("cannot read {path}: {e}")))?)
+    } else {
+        None
+    };
+    let files = jail::generate_files(hostname)?;
     jail::enter(&root)?;
     jail::mount_system()?;
-    files.place()?;
+    let names = files.place()?;
+    if let Some(helper) = helper {
+        let listener = warm::place(&helper)?;
+        let sent = reporter.warm(&listener, &names);
+        sent.map_err(|e| Failure::other(format!("cannot report: {e}")))?;
+    }
+    Ok(())
+}
 
-    let user = exec::find_user(&process.user)?;
-    let uid = Uid::from_raw(user.uid);
-    let has_terminal = process.streams.contains(&Stream::Terminal);
-    let stdio_failed = |e: Errno| Failure::other(format!("cannot set up stdio: {e}"));
-    rustix::process::setsid().map_err(stdio_failed)?;
-    if has_terminal {
-        terminal(process.window, uid, reporter)?;
-    } else {
-        connect(stdio, uid).map_err(stdio_failed)?;
-    }
-    exec::enter_directory(&process.cwd)?;
-    jail::protect_system()?;
-    if container.writable == Writable::Nothing {
-        mounts::make_read_only("/", MountFlags::NOATIME)?;
-    }
-    rustix::process::umask(Mode::WGRP | Mode::WOTH);
-    exec::become_user(&user)?;
-    let program = Program::find(process, &user, &hostname)?;
-    sys::close_on_exec_from_3()
-        .and_then(|()| sys::reset_signals())
-        .map_err(|e| Failure::other(format!("cannot clean up before the exec: {e}")))?;
-    Ok(program)
+/// Enters the namespaces of the container's first process. A mount namespace
+/// brings its root with it.
+fn enter(first: BorrowedFd<'_>) -> Result<(), Failure> {
+    let all = ThreadNameSpaceType::MOUNT
+        | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
+        | ThreadNameSpaceType::CONTROL_GROUP;
+    move_into_thread_name_spaces(first, all)
+        .map_err(|e| Failure::other(format!("cannot enter the container: {e}")))
 }
 
 /// Makes the pipes stdin, stdout and stderr, with /dev/null for those that are
@@ -214,8 +286,14 @@ fn connect(stdio: Stdio, uid: Uid) -> Result<(), Errno> {
 }
 
 /// Makes a terminal of the container's own devpts the controlling terminal,
-/// stdin, stdout, stderr and the console, and sends it to the agent.
-fn terminal(window: Option<WindowSize>, uid: Uid, reporter: &OwnedFd) -> Result<(), Failure> {
+/// stdin, stdout, stderr and, for the first process, the console, and sends it
+/// to the agent.
+fn terminal(
+    window: Option<WindowSize>,
+    uid: Uid,
+    reporter: &Reporter,
+    place: Place<'_>,
+) -> Result<(), Failure> {
     let failed = |e: Errno| Failure::other(format!("cannot make a terminal: {e}"));
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
     let master = open("/dev/pts/ptmx", flags, Mode::empty()).map_err(failed)?;
@@ -226,15 +304,16 @@ fn terminal(window: Option<WindowSize>, uid: Uid, reporter: &OwnedFd) -> Result<
         resize(slave.as_fd(), size).map_err(failed)?;
     }
     rustix::fs::fchown(&slave, Some(uid), None).map_err(failed)?;
-    // The first terminal of a devpts that was made a moment ago.
-    jail::bind_console("/dev/pts/0")?;
+    if let Place::New(_) = place {
+        // The first terminal of a devpts that was made a moment ago.
+        jail::bind_console("/dev/pts/0")?;
+    }
     rustix::process::ioctl_tiocsctty(&slave).map_err(failed)?;
     rustix::stdio::dup2_stdin(&slave).map_err(failed)?;
     rustix::stdio::dup2_stdout(&slave).map_err(failed)?;
     rustix::stdio::dup2_stderr(&slave).map_err(failed)?;
     fcntl_setfl(&master, OFlags::NONBLOCK).map_err(failed)?;
-    let both = [master.as_fd(), slave.as_fd()];
-    send(reporter.as_fd(), TERMINAL, &[], &both).map_err(failed)
+    reporter.terminal(&master, &slave).map_err(failed)
 }
 
 /// Sets a terminal's size; either side of it will do.
@@ -246,69 +325,4 @@ pub fn resize(terminal: BorrowedFd<'_>, size: WindowSize) -> Result<(), Errno> {
         ws_ypixel: 0,
     };
     tcsetwinsize(terminal, size)
-}
-
-/// The first byte of a report.
-const TERMINAL: u8 = b'T';
-const READY: u8 = b'R';
-const FAILED: u8 = b'F';
-
-/// The longest report, in bytes. Messages quote paths and arguments.
-const REPORT_MAX: usize = 8 << 10;
-
-/// As much of `message` as a report holds.
-fn truncate(message: &str) -> &str {
-    &message[..message.floor_char_boundary(REPORT_MAX - 2)]
-}
-
-fn send(
-    reporter: BorrowedFd<'_>,
-    kind: u8,
-    parts: &[&[u8]],
-    descriptors: &[BorrowedFd<'_>],
-) -> Result<(), Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
-        return Err(Errno::NOBUFS);
-    }
-    let kind = [kind];
-    let mut slices = vec![IoSlice::new(&kind)];
-    slices.extend(parts.iter().map(|part| IoSlice::new(part)));
-    sendmsg(reporter, &slices, &mut control, SendFlags::NOSIGNAL)?;
-    Ok(())
-}
-
-/// The next thing that a new process reports; `None` if there is nothing now.
-pub fn next_report(reports: BorrowedFd<'_>) -> io::Result<Option<Report>> {
-    let mut bytes = [0; REPORT_MAX];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut slices = [IoSliceMut::new(&mut bytes)];
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    let len = match recvmsg(reports, &mut slices, &mut control, flags) {
-        Ok(message) => message.bytes,
-        Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
-        Err(e) => return Err(e.into()),
-    };
-    let mut descriptors = control.drain().flat_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect::<Vec<_>>(),
-        _ => Vec::new(),
-    });
-    let both = (descriptors.next(), descriptors.next());
-    drop(descriptors);
-    Ok(Some(match (bytes[..len].split_first(), both) {
-        (None, _) => Report::End,
-        (Some((&TERMINAL, [])), (Some(master), Some(slave))) => Report::Terminal(master, slave),
-        (Some((&READY, [])), _) => Report::Ready,
-        (Some((&FAILED, [reason, message @ ..])), _) => Report::Failed(Failure {
-            reason: match reason {
-                0 => StartFailure::NotFound,
-                1 => StartFailure::NotExecutable,
-                _ => StartFailure::Other,
-            },
-            message: String::from_utf8_lossy(message).into_owned(),
-        }),
-        _ => return Err(io::ErrorKind::InvalidData.into()),
-    }))
 }

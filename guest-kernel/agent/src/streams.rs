@@ -23,12 +23,11 @@ pub enum Turn {
     Over,
 }
 
-/// One stream. The descriptors do not block, and are watched edge-triggered: a
-/// turn ends at EAGAIN, or says that there is [`Turn::More`].
+/// The guest's end of a stream, which a process of the container has the other
+/// end of. The descriptors do not block.
 #[derive(Debug)]
-pub struct Link {
+pub struct End {
     guest: OwnedFd,
-    host: OwnedFd,
     to_guest: Option<Copy>,
     to_host: Option<Copy>,
     /// The slave side of a terminal, held so that the terminal does not hang up
@@ -36,12 +35,11 @@ pub struct Link {
     slave: Option<OwnedFd>,
 }
 
-impl Link {
+impl End {
     /// The write end of a stdin pipe, fed by the host.
-    pub fn input(pipe: OwnedFd, host: OwnedFd) -> Self {
+    pub fn input(pipe: OwnedFd) -> Self {
         Self {
             guest: pipe,
-            host,
             to_guest: Some(Copy::default()),
             to_host: None,
             slave: None,
@@ -49,29 +47,24 @@ impl Link {
     }
 
     /// The read end of a stdout or stderr pipe.
-    pub fn output(pipe: OwnedFd, host: OwnedFd) -> Self {
+    pub fn output(pipe: OwnedFd) -> Self {
         Self {
             to_guest: None,
             to_host: Some(Copy::default()),
-            ..Self::input(pipe, host)
+            ..Self::input(pipe)
         }
     }
 
     /// The master side of a terminal, and a slave side to hold.
-    pub fn terminal(master: OwnedFd, slave: OwnedFd, host: OwnedFd) -> Self {
+    pub fn terminal(master: OwnedFd, slave: OwnedFd) -> Self {
         Self {
             to_host: Some(Copy::default()),
             slave: Some(slave),
-            ..Self::input(master, host)
+            ..Self::input(master)
         }
     }
 
-    /// The two descriptors to watch, for reading and writing both.
-    pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
-        [self.guest.as_fd(), self.host.as_fd()]
-    }
-
-    /// Whether this is a terminal, whose container has not ended.
+    /// Whether this is a terminal, whose process has not ended.
     pub fn is_terminal(&self) -> bool {
         self.slave.is_some()
     }
@@ -81,49 +74,94 @@ impl Link {
         self.guest.as_fd()
     }
 
-    /// The container has ended: nobody reads any more, and what was written is
+    /// Its process has ended: nobody reads any more, and what was written is
     /// still to be delivered.
-    pub fn container_ended(&mut self) {
+    pub fn process_ended(&mut self) {
         self.to_guest = None;
         self.slave = None;
+    }
+}
+
+/// One stream: an end in the guest, and the host's connection. They are watched
+/// edge-triggered: a turn ends at EAGAIN, or says that there is [`Turn::More`].
+#[derive(Debug)]
+pub struct Link {
+    /// The guest's end.
+    pub end: End,
+    host: OwnedFd,
+}
+
+impl Link {
+    /// Ties the two.
+    pub fn new(mut end: End, host: OwnedFd) -> Self {
+        if end.is_terminal() {
+            // The host before may have closed its half; this one has not.
+            end.to_guest.get_or_insert_default();
+        }
+        Self { end, host }
+    }
+
+    /// Unties them. What the host has sent and the process has not taken stays
+    /// with the guest's end, as far as it has been read.
+    pub fn untie(self) -> (End, OwnedFd) {
+        (self.end, self.host)
+    }
+
+    /// The two descriptors to watch, for reading and writing both.
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [self.end.guest.as_fd(), self.host.as_fd()]
     }
 
     /// A descriptor reported an error. For an input that is the end of it: the
     /// last reader is gone, or the host is. An output finds out as it writes,
     /// and may still have something to deliver.
     pub fn failed(&mut self) {
-        if self.to_host.is_none() {
-            self.to_guest = None;
+        if self.end.to_host.is_none() {
+            self.end.to_guest = None;
         }
     }
 
     /// Moves what can be moved.
     pub fn turn(&mut self) -> Turn {
-        let mut more = false;
-        if let Some(copy) = &mut self.to_guest {
-            match copy.turn(self.host.as_fd(), self.guest.as_fd()) {
-                Turn::Waiting => {}
-                Turn::More => more = true,
-                Turn::Over => self.to_guest = None,
-            }
-        }
-        if let Some(copy) = &mut self.to_host {
-            match copy.turn(self.guest.as_fd(), self.host.as_fd()) {
-                Turn::Waiting => {}
-                Turn::More => more = true,
-                Turn::Over => {
-                    // End-of-file for the host before the close. If the host has
-                    // gone first there is nobody left to tell.
-                    shutdown(&self.host, Shutdown::Write).ok();
-                    return Turn::Over;
-                }
-            }
-        }
-        match (&self.to_guest, &self.to_host) {
-            (None, None) => Turn::Over,
-            _ if more => Turn::More,
+        let input = self.turn_input();
+        match (input, self.deliver()) {
+            (_, Turn::Over) => Turn::Over,
+            (Turn::More, _) | (_, Turn::More) => Turn::More,
+            _ if self.end.to_guest.is_none() && self.end.to_host.is_none() => Turn::Over,
             _ => Turn::Waiting,
         }
+    }
+
+    fn turn_input(&mut self) -> Turn {
+        let Some(copy) = &mut self.end.to_guest else {
+            return Turn::Waiting;
+        };
+        let turn = copy.turn(self.host.as_fd(), self.end.guest.as_fd());
+        if turn == Turn::Over {
+            self.end.to_guest = None;
+        }
+        turn
+    }
+
+    /// Moves what can be moved to the host.
+    pub fn deliver(&mut self) -> Turn {
+        let Some(copy) = &mut self.end.to_host else {
+            return Turn::Waiting;
+        };
+        let turn = copy.turn(self.end.guest.as_fd(), self.host.as_fd());
+        if turn == Turn::Over {
+            // End-of-file for the host before the close. If the host has gone
+            // first there is nobody left to tell.
+            shutdown(&self.host, Shutdown::Write).ok();
+        }
+        turn
+    }
+
+    /// After a [`Self::deliver`] that is waiting: whether it waits for the
+    /// process, and not for the host.
+    pub fn is_delivered(&self) -> bool {
+        let copy = self.end.to_host.as_ref();
+        copy.is_none_or(|copy| copy.written == copy.buffer.len())
     }
 }
 
@@ -180,7 +218,7 @@ mod tests {
     fn output_ends_with_the_last_writer_and_delivers_all_before() {
         let (mut host, agent) = socket();
         let (reader, writer) = pipe_with(PipeFlags::NONBLOCK).unwrap();
-        let mut link = Link::output(reader, agent);
+        let mut link = Link::new(End::output(reader), agent);
         assert_eq!(link.turn(), Turn::Waiting);
         write(&writer, b"last words").unwrap();
         drop(writer);
@@ -194,7 +232,7 @@ mod tests {
     fn a_host_that_does_not_read_holds_the_stream_back() {
         let (mut host, agent) = socket();
         let (reader, writer) = pipe_with(PipeFlags::NONBLOCK).unwrap();
-        let mut link = Link::output(reader, agent);
+        let mut link = Link::new(End::output(reader), agent);
         let mut sent = 0;
         while let Ok(n) = write(&writer, &[7; 4096]) {
             sent += n;
@@ -218,7 +256,7 @@ mod tests {
     fn input_ends_with_the_host_or_with_the_reader() {
         let (mut host, agent) = socket();
         let (reader, writer) = pipe_with(PipeFlags::NONBLOCK).unwrap();
-        let mut link = Link::input(writer, agent);
+        let mut link = Link::new(End::input(writer), agent);
         host.write_all(b"hi").unwrap();
         host.shutdown(std::net::Shutdown::Write).unwrap();
         assert_eq!(link.turn(), Turn::Over);
@@ -229,7 +267,7 @@ mod tests {
 
         let (mut host, agent) = socket();
         let (reader, writer) = pipe_with(PipeFlags::NONBLOCK).unwrap();
-        let mut link = Link::input(writer, agent);
+        let mut link = Link::new(End::input(writer), agent);
         drop(reader);
         host.write_all(b"to nobody").unwrap();
         assert_eq!(link.turn(), Turn::Over);

@@ -132,25 +132,27 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Forks into new namespaces (`CLONE_NEW*` in `namespaces`) and into the cgroup
 /// whose directory is given. `None` is the child, PID 1 if it has a new PID
-/// namespace.
+/// namespace; the parent gets its number and its pidfd.
 ///
 /// The child may do anything, allocate too, because the process must have one
 /// thread only: no lock can be held by a thread that the child lacks.
 pub fn fork_into(
     namespaces: libc::c_int,
     cgroup: Option<BorrowedFd<'_>>,
-) -> io::Result<Option<Pid>> {
+) -> io::Result<Option<(Pid, OwnedFd)>> {
+    let mut pidfd: RawFd = -1;
     // SAFETY: clone_args is plain integers, for which zero is a value.
     let mut args: libc::clone_args = unsafe { zeroed() };
-    args.flags = namespaces as u64;
+    args.flags = (namespaces | libc::CLONE_PIDFD) as u64;
+    args.pidfd = &raw mut pidfd as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     if let Some(cgroup) = cgroup {
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = cgroup.as_raw_fd() as u64;
     }
-    // SAFETY: the arguments live through the call. Without CLONE_VM the child
-    // has its own copy of this memory and returns here on its own copy of this
-    // stack, as after fork(2).
+    // SAFETY: the arguments live through the call, and the kernel writes one
+    // descriptor to `pidfd`. Without CLONE_VM the child has its own copy of this
+    // memory and returns here on its own copy of this stack, as after fork(2).
     let pid = unsafe {
         libc::syscall(
             libc::SYS_clone3,
@@ -161,7 +163,10 @@ pub fn fork_into(
     if pid < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(Pid::from_raw(pid as i32))
+    match Pid::from_raw(pid as i32) {
+        Some(pid) => Ok(Some((pid, own(pidfd)?))),
+        None => Ok(None),
+    }
 }
 
 /// Moves the calling process into a cgroup namespace whose root is the cgroup

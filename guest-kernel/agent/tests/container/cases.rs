@@ -10,11 +10,12 @@ use vm_run_abi::protocol::{
 };
 
 /// A case and its name.
-type Case = (&'static str, fn(&Images));
+pub type Case = (&'static str, fn(&Images));
 
 macro_rules! cases {
     ($($name:ident),* $(,)?) => { &[$((stringify!($name), $name)),*] };
 }
+pub(crate) use cases;
 
 pub const ALL: &[Case] = cases![
     streams_and_status_are_the_programs_own,

@@ -1,10 +1,10 @@
 //! The host's side of the tests: images, an agent in a process of its own, and a
 //! client of the protocol.
 
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{MountFlags, MountPropagationFlags};
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{PidfdFlags, Resource, Rlimit, getpid, pidfd_open, setrlimit};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -16,12 +16,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vm_run_abi::protocol::{
-    CONTAINER, ContainerSpec, Event, Hello, ProcessSpec, Request, Stream, Writable,
+    CONTAINER, ContainerSpec, Event, Hello, ProcessId, ProcessSpec, Request, Stream, Writable,
 };
 use vm_run_agent::devices::Rules;
 use vm_run_agent::frame;
+use vm_run_agent::freezer::Freezer;
 use vm_run_agent::rootfs::Disks;
-use vm_run_agent::serve::Server;
+use vm_run_agent::serve::{Done, Server};
 use vm_run_agent::spawn::Resources;
 use vm_run_agent::{mounts, sys};
 
@@ -29,7 +30,7 @@ use vm_run_agent::{mounts, sys};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The agent, as the test starts it: `serve SOCKET IMAGE WRITABLE CGROUP`, PID 1
-/// of a PID namespace, in a mount namespace.
+/// of a PID namespace, in a mount and a UTS namespace.
 pub fn serve(args: &[String]) -> ExitCode {
     let [socket, image, writable, cgroup] = args else {
         return ExitCode::from(2);
@@ -39,6 +40,7 @@ pub fn serve(args: &[String]) -> ExitCode {
     mounts::mount("tmpfs", mounts::BASE, "tmpfs", MountFlags::empty(), c"").unwrap();
     let listener = UnixListener::bind(socket).unwrap();
     listener.set_nonblocking(true).unwrap();
+    let forks = UnixListener::bind(fork_socket(Path::new(socket))).unwrap();
     let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
     let cgroup = open(cgroup, flags, Mode::empty()).unwrap();
     let resources = Resources {
@@ -46,8 +48,11 @@ pub fn serve(args: &[String]) -> ExitCode {
             image: image.clone(),
             writable: writable.clone(),
         },
+        freezer: Freezer::open(cgroup.as_fd()).unwrap(),
         cgroup,
         rules: Rules::load().unwrap(),
+        helper: env!("CARGO_BIN_EXE_warm").to_owned(),
+        agent: pidfd_open(getpid(), PidfdFlags::empty()).unwrap(),
     };
     let limit = Rlimit {
         current: Some(4096),
@@ -56,8 +61,29 @@ pub fn serve(args: &[String]) -> ExitCode {
     setrlimit(Resource::Nofile, limit).unwrap();
     let signals = sys::child_signals().unwrap();
     let mut server = Server::new(OwnedFd::from(listener), signals, resources).unwrap();
-    server.run().unwrap();
+    while server.run().unwrap() == Done::Frozen {
+        let generation = fork_point(&forks);
+        server.become_child(generation).unwrap();
+    }
     ExitCode::SUCCESS
+}
+
+/// Where the agent waits for [`Agent::fork`].
+fn fork_socket(socket: &Path) -> PathBuf {
+    socket.with_extension("fork")
+}
+
+/// In place of the doorbell and the identity page: who connects sees that the
+/// agent is there, and says a generation and a hostname.
+fn fork_point(forks: &UnixListener) -> u64 {
+    let (mut stream, _) = forks.accept().unwrap();
+    stream.write_all(b"!").unwrap();
+    let mut generation = [0; 8];
+    stream.read_exact(&mut generation).unwrap();
+    let mut hostname = Vec::new();
+    stream.read_to_end(&mut hostname).unwrap();
+    rustix::system::sethostname(&hostname).unwrap();
+    u64::from_le_bytes(generation)
 }
 
 fn run(command: &mut Command) -> String {
@@ -157,6 +183,9 @@ fn make_busybox(root: &Path) {
     executable("bin/orphan-script", b"#!/no/such/interpreter\n");
 }
 
+/// An agent that is at its fork point.
+pub struct ForkPoint(UnixStream);
+
 /// An agent, and the control connection to it.
 pub struct Agent {
     process: Child,
@@ -176,7 +205,7 @@ impl Agent {
         let socket = images.dir.join(format!("agent-{number}"));
         let cgroup = make_cgroup(number);
         let process = Command::new("unshare")
-            .args(["--mount", "--pid", "--fork", "--kill-child"])
+            .args(["--mount", "--uts", "--pid", "--fork", "--kill-child"])
             .arg(std::env::current_exe().unwrap())
             .arg("serve")
             .args([&socket, Path::new(&image.0), Path::new(writable), &cgroup])
@@ -197,7 +226,10 @@ impl Agent {
     }
 
     pub fn signal(&mut self, signal: i32) {
-        let process = CONTAINER;
+        self.signal_to(CONTAINER, signal);
+    }
+
+    pub fn signal_to(&mut self, process: ProcessId, signal: i32) {
         self.send(&Request::Signal { process, signal });
     }
 
@@ -210,8 +242,45 @@ impl Agent {
     }
 
     pub fn stream(&self, stream: Stream) -> UnixStream {
-        let process = CONTAINER;
+        self.stream_of(CONTAINER, stream)
+    }
+
+    /// The three streams of a process.
+    pub fn streams_of(&self, process: ProcessId) -> Streams {
+        Streams {
+            stdin: self.stream_of(process, Stream::Stdin),
+            stdout: self.stream_of(process, Stream::Stdout),
+            stderr: self.stream_of(process, Stream::Stderr),
+        }
+    }
+
+    pub fn stream_of(&self, process: ProcessId, stream: Stream) -> UnixStream {
         connect(&self.socket, &Hello::Stdio { process, stream })
+    }
+
+    /// Closes the control connection, and returns when the agent is at its fork
+    /// point; the streams have to be closed by then.
+    pub fn freeze(&mut self) -> ForkPoint {
+        self.control.shutdown(Shutdown::Both).unwrap();
+        let mut stream = UnixStream::connect(fork_socket(&self.socket)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut there = [0];
+        stream.read_exact(&mut there).unwrap();
+        ForkPoint(stream)
+    }
+
+    /// Lets the agent go on as a child, and connects to it.
+    pub fn fork(&mut self, ForkPoint(mut stream): ForkPoint, generation: u64, hostname: &str) {
+        stream.write_all(&generation.to_le_bytes()).unwrap();
+        stream.write_all(hostname.as_bytes()).unwrap();
+        stream.shutdown(Shutdown::Both).unwrap();
+        self.control = connect(&self.socket, &Hello::Control);
+    }
+
+    /// The number of the container's first process, as this test sees it.
+    pub fn first_pid(&self) -> u32 {
+        let pids = fs::read_to_string(self.cgroup.join("cgroup.procs")).unwrap();
+        pids.lines().next().unwrap().parse().unwrap()
     }
 
     /// Waits for the agent's own end.
@@ -303,11 +372,7 @@ pub struct Outcome {
 
 /// Asks for the process and opens its streams.
 pub fn start(agent: &mut Agent, (container, process): (ContainerSpec, ProcessSpec)) -> Streams {
-    let streams = Streams {
-        stdin: agent.stream(Stream::Stdin),
-        stdout: agent.stream(Stream::Stdout),
-        stderr: agent.stream(Stream::Stderr),
-    };
+    let streams = agent.streams_of(CONTAINER);
     agent.send(&Request::StartContainer { container, process });
     streams
 }

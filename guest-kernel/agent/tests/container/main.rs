@@ -8,6 +8,7 @@
 
 mod cases;
 mod host;
+mod warm;
 
 use std::process::ExitCode;
 
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
     let wanted = args.iter().skip(1).find(|arg| !arg.starts_with('-'));
     let images = host::Images::make();
     let mut failed = 0;
-    for (name, case) in cases::ALL {
+    for (name, case) in cases::ALL.iter().chain(warm::ALL) {
         if wanted.is_some_and(|wanted| !name.contains(wanted.as_str())) {
             continue;
         }

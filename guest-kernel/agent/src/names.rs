@@ -1,0 +1,63 @@
+//! The files in which a container finds its hostname. The guest writes them, and
+//! again in every child of a warm template.
+
+use rustix::fd::OwnedFd;
+use rustix::fs::{Mode, OFlags, ftruncate, open};
+use rustix::io::pwrite;
+use std::io;
+
+/// The files, open for writing. The container may write them as well, and may
+/// not take them away: they are mounts.
+#[derive(Debug)]
+pub struct Names {
+    /// For /etc/hostname.
+    pub hostname: OwnedFd,
+    /// For /etc/hosts.
+    pub hosts: OwnedFd,
+}
+
+impl Names {
+    /// Makes the two files `hostname` and `hosts` in `directory`.
+    pub fn make(directory: &str, hostname: &str) -> io::Result<Self> {
+        let file = |name: &str| {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+            let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
+            open(format!("{directory}/{name}"), flags, mode)
+        };
+        let names = Self {
+            hostname: file("hostname")?,
+            hosts: file("hosts")?,
+        };
+        names.write(hostname)?;
+        Ok(names)
+    }
+
+    /// Writes them anew.
+    pub fn write(&self, hostname: &str) -> io::Result<()> {
+        // First the room, which is bounded and may be all taken.
+        ftruncate(&self.hostname, 0)?;
+        ftruncate(&self.hosts, 0)?;
+        write_all(&self.hostname, &format!("{hostname}\n"))?;
+        write_all(&self.hosts, &hosts(hostname))
+    }
+}
+
+fn hosts(hostname: &str) -> String {
+    format!(
+        "127.0.0.1\tlocalhost\n\
+         ::1\tlocalhost ip6-localhost ip6-loopback\n\
+         fe00::\tip6-localnet\n\
+         ff00::\tip6-mcastprefix\n\
+         ff02::1\tip6-allnodes\n\
+         ff02::2\tip6-allrouters\n\
+         127.0.1.1\t{hostname}\n"
+    )
+}
+
+/// At the start of the file; a file system in memory takes all or nothing.
+fn write_all(file: &OwnedFd, content: &str) -> io::Result<()> {
+    match pwrite(file, content.as_bytes(), 0)? {
+        n if n == content.len() => Ok(()),
+        _ => Err(io::ErrorKind::WriteZero.into()),
+    }
+}

@@ -1,0 +1,140 @@
+//! What a new process reports of its own start, over a socket that closes at its
+//! exec: messages, each a packet.
+
+use crate::exec::Failure;
+use crate::names::Names;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::{Errno, IoSlice, IoSliceMut};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use std::io;
+use std::mem::MaybeUninit;
+use vm_run_abi::protocol::StartFailure;
+
+/// A step on the way of a new process.
+#[derive(Debug)]
+pub enum Report {
+    /// The terminal: master and slave side.
+    Terminal(OwnedFd, OwnedFd),
+    /// The warm socket, which listens, and the files with the hostname.
+    Warm(OwnedFd, Names),
+    /// All is ready, the exec is next.
+    Ready,
+    /// It could not be started, and is about to end.
+    Failed(Failure),
+    /// The socket is closed. After [`Report::Ready`] and with no
+    /// [`Report::Failed`] the program runs.
+    End,
+}
+
+/// The first byte of a report.
+const TERMINAL: u8 = b'T';
+const WARM: u8 = b'W';
+const READY: u8 = b'R';
+const FAILED: u8 = b'F';
+
+/// The longest report, in bytes. Messages quote paths and arguments.
+const REPORT_MAX: usize = 8 << 10;
+
+/// How many descriptors a report can carry.
+const DESCRIPTORS_MAX: usize = 3;
+
+/// The new process's side.
+#[derive(Debug)]
+pub struct Reporter(OwnedFd);
+
+/// Both sides; the agent's does not block.
+pub fn channel() -> Result<(OwnedFd, Reporter), Errno> {
+    let flags = SocketFlags::CLOEXEC;
+    let (reports, reporter) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    fcntl_setfl(&reports, OFlags::NONBLOCK)?;
+    Ok((reports, Reporter(reporter)))
+}
+
+impl Reporter {
+    /// [`Report::Terminal`]
+    pub fn terminal(&self, master: &OwnedFd, slave: &OwnedFd) -> Result<(), Errno> {
+        self.send(TERMINAL, &[], &[master.as_fd(), slave.as_fd()])
+    }
+
+    /// [`Report::Warm`]
+    pub fn warm(&self, listener: &OwnedFd, names: &Names) -> Result<(), Errno> {
+        let all = [listener, &names.hostname, &names.hosts].map(AsFd::as_fd);
+        self.send(WARM, &[], &all)
+    }
+
+    /// [`Report::Ready`]
+    pub fn ready(&self) -> Result<(), Errno> {
+        self.send(READY, &[], &[])
+    }
+
+    /// [`Report::Failed`]
+    pub fn failed(&self, failure: &Failure) -> Result<(), Errno> {
+        let reason = match failure.reason {
+            StartFailure::NotFound => 0,
+            StartFailure::NotExecutable => 1,
+            StartFailure::Other => 2,
+        };
+        let message = truncate(&failure.message);
+        self.send(FAILED, &[&[reason], message.as_bytes()], &[])
+    }
+
+    fn send(&self, kind: u8, parts: &[&[u8]], descriptors: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            return Err(Errno::NOBUFS);
+        }
+        let kind = [kind];
+        let mut slices = vec![IoSlice::new(&kind)];
+        slices.extend(parts.iter().map(|part| IoSlice::new(part)));
+        sendmsg(&self.0, &slices, &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+}
+
+/// As much of `message` as a report holds.
+fn truncate(message: &str) -> &str {
+    &message[..message.floor_char_boundary(REPORT_MAX - 2)]
+}
+
+/// The next thing that a new process reports; `None` if there is nothing now.
+pub fn next_report(reports: BorrowedFd<'_>) -> io::Result<Option<Report>> {
+    let mut bytes = [0; REPORT_MAX];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut slices = [IoSliceMut::new(&mut bytes)];
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let len = match recvmsg(reports, &mut slices, &mut control, flags) {
+        Ok(message) => message.bytes,
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    let mut descriptors = control.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect::<Vec<_>>(),
+        _ => Vec::new(),
+    });
+    let descriptors = [descriptors.next(), descriptors.next(), descriptors.next()];
+    Ok(Some(match (bytes[..len].split_first(), descriptors) {
+        (None, _) => Report::End,
+        (Some((&TERMINAL, [])), [Some(master), Some(slave), None]) => {
+            Report::Terminal(master, slave)
+        }
+        (Some((&WARM, [])), [Some(listener), Some(hostname), Some(hosts)]) => {
+            Report::Warm(listener, Names { hostname, hosts })
+        }
+        (Some((&READY, [])), _) => Report::Ready,
+        (Some((&FAILED, [reason, message @ ..])), _) => Report::Failed(Failure {
+            reason: match reason {
+                0 => StartFailure::NotFound,
+                1 => StartFailure::NotExecutable,
+                _ => StartFailure::Other,
+            },
+            message: String::from_utf8_lossy(message).into_owned(),
+        }),
+        _ => return Err(io::ErrorKind::InvalidData.into()),
+    }))
+}
