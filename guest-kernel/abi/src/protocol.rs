@@ -17,9 +17,10 @@
 //! A **warm** container (one with [`ContainerSpec::warm`]) says [`Event::Warm`] and
 //! can then be frozen with the whole guest. After [`Request::Freeze`] the agent stops
 //! all processes of the container (its cgroup's freezer), delivers what they have
-//! written, lets go of the host's streams without ending the container's, and says
-//! [`Event::Frozen`]. The host closes every connection, and when the last is gone the
-//! agent rings the fork point. In each child it takes the identity, thaws the
+//! written, lets go of the host's streams without ending the container's (the host
+//! reads end-of-file, the container sees nothing), and says [`Event::Frozen`]. The
+//! host closes every connection, and when the last is gone the agent rings the fork
+//! point. In each child it takes the identity, thaws the
 //! container, and waits for connections as a bare child does; the host opens streams
 //! and asks for [`Request::Attach`].
 //!
@@ -88,7 +89,8 @@ pub enum Request {
         process: ProcessSpec,
     },
     /// Start one more process in the container, with an id that was never used
-    /// in this child.
+    /// in this child. It fails if the container is not running, or has 256
+    /// processes of the host's already.
     Exec {
         /// Its name from now on; not [`CONTAINER`].
         id: ProcessId,
@@ -96,11 +98,14 @@ pub enum Request {
         process: ProcessSpec,
     },
     /// Make the guest ready to be frozen. Only while a warm container runs, and
-    /// nothing else does.
+    /// nothing else does: no process by [`Request::Exec`], no stream of one.
+    /// Answered by [`Event::Frozen`] or [`Event::FreezeFailed`].
     Freeze,
     /// In a child of a warm template: tie these streams, which the host has
-    /// opened, to the container's first process; answered by [`Event::Started`].
-    /// Streams that the process was not started with stay closed.
+    /// opened, to the container's first process; answered by [`Event::Started`],
+    /// and if the process has ended by then, by [`Event::Exited`] after that. Once
+    /// in the life of a child. Connections for streams that the process was not
+    /// started with are closed.
     Attach {
         /// Which.
         streams: Vec<Stream>,
@@ -150,7 +155,7 @@ pub enum Event {
         message: String,
     },
     /// The process has ended and been reaped. For [`CONTAINER`], every other
-    /// process of the container is gone too.
+    /// process of the container is gone too, and has been told of before.
     Exited {
         /// Which.
         process: ProcessId,

@@ -377,6 +377,24 @@ pub fn start(agent: &mut Agent, (container, process): (ContainerSpec, ProcessSpe
     streams
 }
 
+/// Reads a stream to its end.
+pub fn rest(mut stream: UnixStream) -> String {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+/// Reads until `text` has come.
+pub fn until(stream: &mut UnixStream, text: &str) -> String {
+    let mut seen = String::new();
+    let mut byte = [0];
+    while !seen.ends_with(text) {
+        stream.read_exact(&mut byte).unwrap();
+        seen.push(char::from(byte[0]));
+    }
+    seen
+}
+
 /// Reads a stream to its end in the background.
 pub fn collect(mut stream: UnixStream) -> JoinHandle<Vec<u8>> {
     std::thread::spawn(move || {

@@ -7,6 +7,7 @@
 //! nothing.
 
 mod cases;
+mod exec;
 mod host;
 mod warm;
 
@@ -24,7 +25,7 @@ fn main() -> ExitCode {
     let wanted = args.iter().skip(1).find(|arg| !arg.starts_with('-'));
     let images = host::Images::make();
     let mut failed = 0;
-    for (name, case) in cases::ALL.iter().chain(warm::ALL) {
+    for (name, case) in [cases::ALL, warm::ALL, exec::ALL].into_iter().flatten() {
         if wanted.is_some_and(|wanted| !name.contains(wanted.as_str())) {
             continue;
         }

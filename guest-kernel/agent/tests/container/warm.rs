@@ -1,7 +1,7 @@
 //! What a warm container and its children can rely on.
 
 use crate::cases::{Case, cases};
-use crate::host::{Agent, Images, Streams, collect, shell, start};
+use crate::host::{Agent, ForkPoint, Images, Streams, collect, rest, shell, start, until};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -35,26 +35,8 @@ fn exited(code: u8) -> Event {
     }
 }
 
-/// Reads to the end.
-fn rest(mut stream: UnixStream) -> String {
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    text
-}
-
-/// Reads until `text` has come.
-fn until(stream: &mut UnixStream, text: &str) -> String {
-    let mut seen = String::new();
-    let mut byte = [0];
-    while !seen.ends_with(text) {
-        stream.read_exact(&mut byte).unwrap();
-        seen.push(char::from(byte[0]));
-    }
-    seen
-}
-
 /// Freezes a container and closes its streams, which hold nothing more.
-fn freeze_all(agent: &mut Agent, streams: Streams) -> crate::host::ForkPoint {
+fn freeze_all(agent: &mut Agent, streams: Streams) -> ForkPoint {
     agent.send(&Request::Freeze);
     assert_eq!(agent.event(), Event::Frozen);
     assert_eq!(rest(streams.stdout), "");
