@@ -12,8 +12,11 @@ pub(crate) mod cgroup;
 mod limits;
 mod namespaces;
 mod privileges;
+mod seccomp;
 
 pub use limits::Limits;
+#[doc(hidden)]
+pub use seccomp::{Thread, confine};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;

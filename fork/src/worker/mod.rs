@@ -10,6 +10,8 @@ mod spawner;
 
 pub use crate::jail::Limits;
 #[doc(hidden)]
+pub use crate::jail::{Thread, confine};
+#[doc(hidden)]
 pub use process::main_with;
 pub use process::{find_program, main};
 pub use spawner::{Counts, Jail, Workers, WorkersSpec};

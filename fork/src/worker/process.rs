@@ -54,6 +54,7 @@ pub fn main() -> ExitCode {
 }
 
 fn serve(socket: &OwnedFd, _host: Host) -> io::Result<()> {
+    jail::confine(jail::Thread::Main).map_err(io::Error::other)?;
     packet::send(socket, &"ready", &[])?;
     while let Some((_, _)) = packet::receive::<String>(socket)? {}
     Ok(())

@@ -56,12 +56,14 @@ pub struct WorkersSpec {
 }
 
 /// What became of the workers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
     /// Those that were started.
     pub started: u64,
-    /// Those of them that have ended and been reaped; their cgroups are removed.
+    /// Those of them that have ended and been reaped.
     pub gone: u64,
+    /// Those of them that were killed for a system call that no VM needs.
+    pub violations: u64,
 }
 
 /// The spawner. Dropping it ends all workers, and returns when they are gone.

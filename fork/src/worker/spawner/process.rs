@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{
-    Pid, PidfdFlags, Resource, Rlimit, getrlimit, pidfd_open, setrlimit, setsid,
+    Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, pidfd_open, setrlimit, setsid,
 };
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 use std::collections::HashMap;
@@ -26,6 +26,10 @@ const UID_BASE: u32 = 0x7000_0000;
 
 /// What a worker can say on its way out, in bytes.
 const LAST_WORDS: usize = 4096;
+
+const SIGKILL: i32 = Signal::KILL.as_raw();
+/// What seccomp kills with (seccomp(2), SECCOMP_RET_KILL_PROCESS).
+const SIGSYS: i32 = Signal::SYS.as_raw();
 
 /// The token of the owner's socket; workers count from 1.
 const OWNER: u64 = 0;
@@ -92,10 +96,7 @@ fn configure(owner: OwnedFd, version: &str, jail: &Jail) -> io::Result<Spawner> 
         jail,
         cgroups,
         workers: HashMap::new(),
-        counts: Counts {
-            started: 0,
-            gone: 0,
-        },
+        counts: Counts::default(),
     })
 }
 
@@ -270,7 +271,12 @@ impl Spawner {
     fn bury(&mut self, mut process: Child, group: Option<Group>, stderr: &OwnedFd) {
         let pid = process.id();
         match process.kill().and_then(|()| process.wait()) {
-            Ok(status) => tell_of(pid, status, stderr),
+            Ok(status) => {
+                if status.signal() == Some(SIGSYS) {
+                    self.counts.violations += 1;
+                }
+                tell_of(pid, status, stderr);
+            }
             Err(error) => tell(&format!("worker {pid}: {error}")),
         }
         if let Some(group) = group {
@@ -310,7 +316,6 @@ fn said(what: &'static str) -> impl FnOnce(io::Error) -> io::Error {
 /// How a worker ended, where it was not as it should: by itself with success, or by
 /// SIGKILL, which is how VMs are ended.
 fn tell_of(pid: u32, status: ExitStatus, stderr: &OwnedFd) {
-    const SIGKILL: i32 = 9;
     if status.success() || status.signal() == Some(SIGKILL) {
         return;
     }
