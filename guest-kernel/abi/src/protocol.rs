@@ -144,7 +144,7 @@ pub enum Event {
         message: String,
     },
     /// The container has said that it is warm. Once, and only by a container that
-    /// was started so.
+    /// this host has started so: never in a child of a warm template.
     Warm,
     /// The container is frozen, and the guest will be at its fork point when all
     /// connections are closed.

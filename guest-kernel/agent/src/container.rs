@@ -122,7 +122,7 @@ impl Container {
         self.processes.get_mut(&id)
     }
 
-    /// Takes out the process that has this number, which has been reaped.
+    /// Takes out a process, which has been reaped.
     pub fn take(&mut self, id: ProcessId) -> Option<Process> {
         if id == CONTAINER {
             self.entrance = None;

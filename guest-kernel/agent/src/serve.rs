@@ -21,7 +21,7 @@ use std::io;
 use std::time::{Duration, Instant};
 use vm_run_abi::protocol::{CONTAINER, Event, Hello, ProcessId, Request, Stream, WindowSize};
 
-/// The longest [`Hello`], in bytes; it holds two small enums and two numbers.
+/// The longest [`Hello`], in bytes; it holds two small enums and a number.
 const MAX_HELLO: usize = 16;
 
 /// How many connections may be waiting for their [`Hello`].

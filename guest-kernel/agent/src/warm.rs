@@ -109,7 +109,8 @@ impl Warm {
         Ok(true)
     }
 
-    /// Reads what a process says; `true` if the container is warm by it, once.
+    /// Reads what a process says; `true` if the container is warm by it, once and
+    /// not in a child.
     /// One that says anything else, or goes, is forgotten.
     pub fn read(&mut self, number: u64) -> bool {
         let Some(client) = self.clients.get_mut(&number) else {
@@ -143,6 +144,8 @@ impl Warm {
     /// its processes that is waiting has its answer and reads it when it runs.
     pub fn become_child(&mut self, hostname: &str, generation: u64) -> io::Result<()> {
         self.names.write(hostname)?;
+        // The host of a child knows already.
+        self.is_warm = true;
         let answer = format!("child {generation:016x}\n");
         self.clients.retain(|_, client| {
             if client.is_warm() {

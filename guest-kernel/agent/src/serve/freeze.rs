@@ -166,6 +166,10 @@ impl Server {
         }
         self.unfinished.clear();
         self.arrived.clear();
+        if let Attachment::Tied = self.attachment {
+            // Its end, too, is for the next host from here on.
+            self.attachment = Attachment::Loose { ended: None };
+        }
         self.stage = Stage::Leaving(connections);
         Ok(())
     }
@@ -218,9 +222,6 @@ impl Server {
             warm.become_child(&system.nodename().to_string_lossy(), generation)?;
         }
         self.container.forget_ids();
-        if let Attachment::Tied = self.attachment {
-            self.attachment = Attachment::Loose { ended: None };
-        }
         self.stage = Stage::Serving;
         // Last: from here on the container runs.
         self.resources.freezer.thaw()

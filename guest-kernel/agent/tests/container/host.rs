@@ -302,7 +302,11 @@ impl Drop for Agent {
         }
         self.process.kill().ok();
         self.process.wait().unwrap();
-        fs::remove_dir(&self.cgroup).unwrap();
+        // What an agent leaves behind that has not ended by itself.
+        while fs::remove_dir(&self.cgroup).is_err() {
+            assert!(start.elapsed() < 2 * PATIENCE, "processes are left");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 

@@ -18,6 +18,7 @@ pub const ALL: &[Case] = cases![
     a_terminal_survives_its_host,
     the_socket_takes_what_it_should,
     what_cannot_be_frozen_runs_on,
+    nonsense_on_the_way_ends_the_agent,
 ];
 
 fn warm(script: &str) -> (ContainerSpec, ProcessSpec) {
@@ -57,6 +58,7 @@ fn attach(agent: &mut Agent) -> Streams {
 fn a_shell_wakes_as_a_child(images: &Images) {
     let mut agent = Agent::start(images);
     let script = "echo $VM_RUN_WARM; touch /run/vm-run/x 2>/dev/null || echo read-only; \
+                  head -c 100000 /dev/zero 2>/dev/null >/etc/hosts; \
                   echo before; generation=$(/run/vm-run/warm); echo $? $generation; \
                   hostname; cat /etc/hostname; grep -c 'child-1$' /etc/hosts; \
                   read line; echo \"<$line>\"; cat; echo error >&2; exit 6";
@@ -308,10 +310,50 @@ fn what_cannot_be_frozen_runs_on(images: &Images) {
     assert!(matches!(agent.event(), Event::Exited { .. }));
     drop(streams);
 
-    // Nonsense: an attach of what is attached, a freeze in a freeze.
+    // A host that does not read for too long: the container goes on where it was.
     let mut agent = Agent::start(images);
-    agent.send(&Request::Attach {
+    let script = "head -c 3000000 /dev/zero; echo end";
+    let mut streams = start(&mut agent, warm(script));
+    assert_eq!(agent.event(), STARTED);
+    streams.stdout.read_exact(&mut vec![0; 500_000]).unwrap();
+    // Until everything between the two is full again.
+    std::thread::sleep(Duration::from_millis(200));
+    let message = "the host does not read what the container has written";
+    assert_eq!(refused(&mut agent), message);
+    streams.stdout.read_exact(&mut vec![0; 2_500_000]).unwrap();
+    assert_eq!(rest(streams.stdout), "end\n");
+    assert_eq!(agent.event(), exited(0));
+}
+
+fn nonsense_on_the_way_ends_the_agent(images: &Images) {
+    let attach = || Request::Attach {
         streams: Vec::new(),
-    });
+    };
+    // An attach of what is attached.
+    let mut agent = Agent::start(images);
+    let _streams = start(&mut agent, warm("sleep 1000"));
+    assert_eq!(agent.event(), STARTED);
+    agent.send(&attach());
+    agent.ends();
+    // A freeze in a freeze.
+    let mut agent = Agent::start(images);
+    let _streams = start(&mut agent, warm("cat /dev/zero"));
+    assert_eq!(agent.event(), STARTED);
+    std::thread::sleep(Duration::from_millis(200));
+    agent.send(&Request::Freeze);
+    agent.send(&Request::Freeze);
+    agent.ends();
+    // An attach in a bare child, and one too many.
+    let mut agent = Agent::start(images);
+    agent.send(&attach());
+    agent.ends();
+    let mut agent = Agent::start(images);
+    let streams = start(&mut agent, warm("/run/vm-run/warm; sleep 1000"));
+    assert_eq!([agent.event(), agent.event()], [STARTED, Event::Warm]);
+    let fork_point = freeze_all(&mut agent, streams);
+    agent.fork(fork_point, 1, "child");
+    agent.send(&attach());
+    assert_eq!(agent.event(), STARTED);
+    agent.send(&attach());
     agent.ends();
 }
