@@ -5,6 +5,7 @@ use super::spawner::{self, Start};
 use crate::jail;
 use rustix::stdio::dup2_stdin;
 use rustix::thread::set_name;
+use rustix::time::{ClockId, clock_gettime};
 use std::env;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -113,6 +114,9 @@ fn worker(
     let Some((start, _)) = packet::receive::<Start>(&socket)? else {
         return Ok(ExitCode::SUCCESS);
     };
+    // rustix looks for the vDSO at the first reading of a clock, by calls that the
+    // jail does not have.
+    let _now = clock_gettime(ClockId::Monotonic);
     let entered = Host::open()
         .map_err(|error| error.to_string())
         .and_then(|host| {

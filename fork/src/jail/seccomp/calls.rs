@@ -181,7 +181,7 @@ fn files() -> Vec<Call> {
         always(IO, libc::SYS_readv),
         always(IO, libc::SYS_writev),
         // The event loop; a vCPU that resets a device takes it out.
-        always(MAIN, libc::SYS_epoll_create1),
+        always(IO, libc::SYS_epoll_create1),
         always(ALL, libc::SYS_epoll_ctl),
         always(IO, libc::SYS_epoll_wait),
         always(ALL, libc::SYS_epoll_pwait),
