@@ -20,17 +20,20 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Builds an optimised vm-run and the guest, and copies them; returns the program.
+/// Builds an optimised vm-run, its workers' program and the guest, and copies them;
+/// returns the program.
 pub fn into(prefix: &Path) -> Result<PathBuf> {
-    let program = build_one(
-        &["build", "--locked", "--release", "--bin", "vm-run"],
-        "vm-run",
-    )?;
+    let optimised = |name| build_one(&["build", "--locked", "--release", "--bin", name], name);
+    let program = optimised("vm-run")?;
+    let worker = optimised("vm-run-worker")?;
     let guest = guest::ensure()?;
-    place(&program, &prefix.join("bin"), "vm-run")?;
+    let lib = prefix.join("lib/vm-run");
+    place(&worker, &lib, "vm-run-worker")?;
     for name in guest::FILES {
-        place(&guest.join(name), &prefix.join("lib/vm-run"), name)?;
+        place(&guest.join(name), &lib, name)?;
     }
+    // Last: it finds the rest in place.
+    place(&program, &prefix.join("bin"), "vm-run")?;
     Ok(prefix.join("bin/vm-run"))
 }
 
