@@ -283,6 +283,26 @@ impl Agent {
         pids.lines().next().unwrap().parse().unwrap()
     }
 
+    /// Waits until so many processes of the container that have this name sleep.
+    pub fn await_sleeping(&self, name: &str, count: usize) {
+        let start = Instant::now();
+        let sleeps = |pid: &&str| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.contains(&format!("({name}) S "))
+        };
+        loop {
+            let pids = fs::read_to_string(self.cgroup.join("cgroup.procs")).unwrap();
+            if pids.lines().filter(sleeps).count() == count {
+                return;
+            }
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{name} is not there {count} times"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Waits for the agent's own end.
     pub fn ends(&mut self) {
         let start = Instant::now();

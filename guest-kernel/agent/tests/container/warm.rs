@@ -7,11 +7,12 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use vm_run_abi::protocol::{
-    CONTAINER, ContainerSpec, Event, ExitStatus, ProcessSpec, Request, Stream, WindowSize,
+    CONTAINER, ContainerSpec, Event, ExitStatus, ProcessSpec, Request, Stream, WindowSize, Writable,
 };
 
 pub const ALL: &[Case] = cases![
     a_shell_wakes_as_a_child,
+    a_user_in_a_read_only_root_wakes_with_its_children,
     output_is_delivered_and_goes_on_where_it_was,
     a_child_can_be_frozen_again,
     an_end_before_the_attach_is_told_after_it,
@@ -78,6 +79,30 @@ fn a_shell_wakes_as_a_child(images: &Images) {
     assert_eq!(rest(streams.stdout), "");
     assert_eq!(rest(streams.stderr), "error\n");
     assert_eq!(agent.event(), exited(6));
+}
+
+fn a_user_in_a_read_only_root_wakes_with_its_children(images: &Images) {
+    let mut agent = Agent::start(images);
+    let script = "for i in 1 2 3; do (/run/vm-run/warm; while :; do :; done) & done; \
+                  /run/vm-run/warm; id -u; touch /file || echo refused; read line; exit 1";
+    let (mut container, mut process) = warm(script);
+    container.writable = Writable::Nothing;
+    process.user = "web".to_owned();
+    let streams = start(&mut agent, (container, process));
+    assert_eq!([agent.event(), agent.event()], [STARTED, Event::Warm]);
+    agent.await_sleeping("warm", 4);
+    let fork_point = freeze_all(&mut agent, streams);
+    agent.fork(fork_point, 7, "child");
+    let mut streams = attach(&mut agent);
+    let mut stdout = String::new();
+    while stdout.matches("0000000000000007\n").count() < 4 {
+        stdout.push_str(&until(&mut streams.stdout, "\n"));
+    }
+    drop(streams.stdin);
+    stdout.push_str(&rest(streams.stdout));
+    assert!(stdout.contains("1000\n"), "{stdout}");
+    assert!(stdout.contains("refused\n"), "{stdout}");
+    assert_eq!(agent.event(), exited(1));
 }
 
 fn output_is_delivered_and_goes_on_where_it_was(images: &Images) {
