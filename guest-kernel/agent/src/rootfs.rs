@@ -161,9 +161,10 @@ fn mount_layer(disks: &Disks, writable: &Writable, target: &str) -> Result<(), S
             if probe(disk)? != Kind::Ext4 {
                 return Err(format!("{disk} is to be written and holds no ext4"));
             }
-            // The thread that zeroes inode tables would write through a layer
-            // that may live for a second.
-            return mount(disk, target, "ext4", MountFlags::NOATIME, c"noinit_itable");
+            // A layer may live for a second: no thread zeroes its inode tables, or
+            // reads the bitmaps of all its block groups ahead.
+            let options = c"noinit_itable,no_prefetch_block_bitmaps";
+            return mount(disk, target, "ext4", MountFlags::NOATIME, options);
         }
     };
     // tmpfs takes a size of zero for "no limit".
