@@ -25,14 +25,18 @@ use vm_run_abi::PAGE_SIZE;
 /// - `swiotlb=noforce`: no bounce buffers, all devices see all memory;
 /// - `8250.nr_uarts=1`: the serial ports that are not there, do not probe them;
 /// - `dummy.numdummies=0`: no `dummy0` among the container's interfaces;
-/// - `sysctl.vm.compaction_proactiveness=0`: else kcompactd wakes twice a second.
+/// - `sysctl.vm.compaction_proactiveness=0`: else kcompactd wakes twice a second;
+/// - `slab_max_order=0`: a new slab is one page to write where it can be, not eight;
+/// - `?hash_entries`: tables as large as the memory suggests give a child a page of
+///   its own for nearly each name that it looks up.
 ///
 /// docs/kernel.md shows this line.
 const CMDLINE_BASE: &str = "console=ttyS0 quiet reboot=k panic=-1 \
      i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd \
      no_timer_check tsc=reliable random.trust_cpu=on cryptomgr.notests \
      rcupdate.rcu_expedited=1 swiotlb=noforce 8250.nr_uarts=1 dummy.numdummies=0 \
-     sysctl.vm.compaction_proactiveness=0";
+     sysctl.vm.compaction_proactiveness=0 slab_max_order=0 \
+     dhash_entries=4096 ihash_entries=2048 mhash_entries=512 mphash_entries=512";
 
 /// XLF_KERNEL_64 of `xloadflags`: the image has the 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;
