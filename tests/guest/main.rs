@@ -9,5 +9,6 @@ mod isolation;
 mod kernel;
 mod machine;
 mod options;
+mod pages;
 mod streams;
 mod support;
