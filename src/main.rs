@@ -14,6 +14,7 @@ mod state_dir;
 mod stdio;
 mod templates;
 mod terminal;
+mod workers;
 
 use args::{Args, Command};
 use clap::Parser;
@@ -67,7 +68,7 @@ fn dispatch(args: Args) -> anyhow::Result<u8> {
         Command::Run(plan) => run::run(&plan, &root()?),
         Command::Image(command) => image::cli::run(command, &root()?).map(|()| 0),
         Command::Template(command) => templates::cli(command, &root()?).map(|()| 0),
-        Command::Bench(bench) => bench::cli(bench, &root()?).map(|()| 0),
+        Command::Bench(bench) => bench::cli(bench).map(|()| 0),
         Command::Doctor { json } => doctor::cli(json),
         Command::Selftest { json } => selftest::cli(json),
     }

@@ -4,15 +4,16 @@ use crate::args::size;
 use crate::image::{self, ImageConfig, Store};
 use crate::stdio::Stdio;
 use crate::templates::{self, MachineArgs};
+use crate::workers::{self, JailArgs};
 use crate::{disk, guest, signals};
 use anyhow::{Context, Result, bail};
 use fork::{
-    ContainerSpec, Disks, Error, ForkSpec, Host, ProcessSpec, StartFailure, Stream, Writable,
+    ContainerSpec, Disks, Error, ForkSpec, Host, Moment, Place, Pool, ProcessSpec, StartFailure,
+    Stream, Writable,
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// What can be typed after `run`.
 #[derive(Debug, clap::Args)]
@@ -52,6 +53,12 @@ pub struct RunArgs {
     template: Option<String>,
     #[command(flatten)]
     machine: MachineArgs,
+    /// The trust domain: children share their template's memory only with others
+    /// of the same
+    #[arg(long, value_name = "NAME", default_value = fork::DEFAULT_DOMAIN)]
+    domain: String,
+    #[command(flatten)]
+    jail: JailArgs,
     /// A directory or a file-system image (erofs, ext4) in the place of IMAGE
     #[arg(long, value_name = "PATH")]
     rootfs: Option<PathBuf>,
@@ -72,7 +79,9 @@ pub struct RunArgs {
 /// # Errors
 /// One line; [`exit_code`] tells which status it stands for.
 pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
-    let asked = Instant::now();
+    let asked = Moment::now();
+    // First: the worker comes up while the rest is found.
+    let workers = workers::start(args.jail)?;
     let plan = Plan::new(args, root)?;
     let host = Arc::new(Host::open()?);
     let template = templates::for_run(root, host, args.template.as_deref(), &args.machine)?;
@@ -87,12 +96,14 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
     };
     let signals = signals::Catcher::new()?;
     let stdio = Stdio::new(args.tty, args.interactive)?;
-    let mut child = template.fork(ForkSpec {
+    let pool = Pool::new(Arc::new(template), Place::Workers(workers), 0)?;
+    let mut child = pool.fork(ForkSpec {
         hostname: plan.hostname,
         disks: Disks {
             root: Some(rootfs),
             writable,
         },
+        domain: args.domain.clone(),
     })?;
     let process = child.start(plan.container, plan.process)?;
     signals.forward_to(process.remote.clone())?;
@@ -102,7 +113,7 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
     let stages = child.stages();
     drop(child);
     if let Some(path) = &args.stages {
-        let json = crate::bench::stages_json(asked, &stages, first_output, Instant::now());
+        let json = crate::bench::stages_json(asked, &stages, first_output, Moment::now());
         std::fs::write(path, json.to_string())
             .with_context(|| format!("cannot write {}", path.display()))?;
     }

@@ -1,8 +1,9 @@
 //! `vm-run selftest`: one report on this host, fit for an issue.
 
-use crate::bench::{self, ForkBench, GuestKind};
+use crate::bench::{self, ForkBench, GuestKind, Mode};
 use crate::doctor::{self, Level};
 use crate::templates::MachineArgs;
+use crate::workers::JailArgs;
 use anyhow::Result;
 use fork::Host;
 use serde_json::{Value, json};
@@ -25,12 +26,20 @@ pub fn cli(json: bool) -> Result<u8> {
     let mut facts = Value::Null;
     if let Ok(host) = &host {
         facts = doctor::host_facts(host);
-        for (guest, n, cpus) in plans(failures.is_empty()) {
+        // Whoever is not root has no jail, and is told so.
+        let jail = JailArgs {
+            no_jail: !rustix::process::geteuid().is_root(),
+        };
+        for (guest, mode, n, cpus) in plans(failures.is_empty()) {
             // Each fork checks its child: memory, registers and identity by what
             // a micro guest computes; a Linux guest confirms its identity.
             let bench = ForkBench {
                 guest,
+                modes: Vec::new(),
                 n,
+                alive: None,
+                at_once: None,
+                jail,
                 machine: MachineArgs {
                     memory: 256 << 20,
                     cpus,
@@ -38,10 +47,11 @@ pub fn cli(json: bool) -> Result<u8> {
                 },
                 json,
             };
-            match bench::measure(&bench, Arc::clone(host)) {
+            match bench::measure(&bench, mode, Arc::clone(host)) {
                 Ok(run) => runs.push(run),
                 Err(error) => failures.push(format!(
-                    "{guest:?} guest, {cpus} vCPU: {}",
+                    "{guest:?} guest, {cpus} vCPU, {}: {}",
+                    mode.name(),
                     crate::line(&error)
                 )),
             }
@@ -61,9 +71,10 @@ pub fn cli(json: bool) -> Result<u8> {
         for run in &runs {
             writeln!(
                 out,
-                "ok    {} guest, {} vCPU: {} forks, p50 {} µs, floor {} µs, ratio {}",
+                "ok    {} guest, {} vCPU, {}: {} forks, p50 {} µs, floor {} µs, ratio {}",
                 run["guest"].as_str().unwrap_or_default(),
                 run["vcpus"],
+                run["mode"].as_str().unwrap_or_default(),
                 run["n"],
                 run["fork_us"]["p50"],
                 run["floor_us"]["p50"],
@@ -82,10 +93,16 @@ pub fn cli(json: bool) -> Result<u8> {
 }
 
 /// What is run: Linux only where nothing has failed yet.
-fn plans(linux: bool) -> Vec<(GuestKind, u32, u8)> {
-    let mut plans = vec![(GuestKind::Micro, 50, 1), (GuestKind::Micro, 20, 4)];
+fn plans(linux: bool) -> Vec<(GuestKind, Mode, u32, u8)> {
+    use GuestKind::{Linux, Micro};
+    let mut plans = vec![
+        (Micro, Mode::Cold, 50, 1),
+        (Micro, Mode::Cold, 20, 4),
+        (Micro, Mode::PoolInprocess, 20, 1),
+        (Micro, Mode::PoolWorker, 20, 1),
+    ];
     if linux {
-        plans.extend([(GuestKind::Linux, 10, 1), (GuestKind::Linux, 5, 2)]);
+        plans.extend([(Linux, Mode::Cold, 10, 1), (Linux, Mode::PoolWorker, 5, 2)]);
     }
     plans
 }

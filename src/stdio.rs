@@ -2,12 +2,12 @@
 
 use crate::terminal::Raw;
 use anyhow::{Context, Result};
+use fork::Moment;
 use fork::Process;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
-use std::time::Instant;
 
 /// Our side, ready before the container starts.
 pub struct Stdio {
@@ -17,7 +17,7 @@ pub struct Stdio {
 
 /// The copying threads of a container's outputs.
 pub struct Copies {
-    outputs: Vec<JoinHandle<Option<Instant>>>,
+    outputs: Vec<JoinHandle<Option<Moment>>>,
     _raw: Option<Raw>,
 }
 
@@ -73,8 +73,8 @@ impl Copies {
     ///
     /// # Errors
     /// A thread that has panicked.
-    pub fn finish(self) -> Result<Option<Instant>> {
-        let mut first: Option<Instant> = None;
+    pub fn finish(self) -> Result<Option<Moment>> {
+        let mut first: Option<Moment> = None;
         for output in self.outputs {
             let at = output
                 .join()
@@ -109,7 +109,7 @@ fn output(
     name: &'static str,
     mut from: UnixStream,
     mut to: impl Write + Send + 'static,
-) -> Result<JoinHandle<Option<Instant>>> {
+) -> Result<JoinHandle<Option<Moment>>> {
     std::thread::Builder::new()
         .name(name.into())
         .spawn(move || {
@@ -126,7 +126,7 @@ fn output(
                         return first;
                     }
                 };
-                first = first.or_else(|| Some(Instant::now()));
+                first = first.or_else(|| Some(Moment::now()));
                 if open && let Err(error) = to.write_all(&buffer[..n]).and_then(|()| to.flush()) {
                     log::debug!("{name}: {error}");
                     open = false;

@@ -256,6 +256,7 @@ fn build(
         guest: Some(found.guest),
         cmdline: cmdline.into(),
         timeout: Duration::from_secs(machine.boot_timeout),
+        ..BootSpec::default()
     };
     let template = Template::boot(host, &spec)?;
     progress.end();

@@ -4,15 +4,12 @@ use fork::{BootSpec, Disks, Error, ForkSpec, Host, Kind, Template};
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 fn spec(memory_mib: u64, vcpus: u8) -> BootSpec {
     BootSpec {
         memory: memory_mib << 20,
         vcpus,
-        guest: None,
-        cmdline: String::new(),
-        timeout: Duration::from_secs(10),
+        ..BootSpec::default()
     }
 }
 
@@ -93,7 +90,7 @@ fn a_spoilt_template_is_refused() {
     type Spoil = fn(&Path);
     let cases: [(&str, Spoil); 5] = [
         ("has format 99", |t| {
-            edit(t, "\"format\": 1", "\"format\": 99")
+            edit(t, "\"format\": 2", "\"format\": 99")
         }),
         ("rebuild it here", |t| {
             edit(t, "\"family\": ", "\"family\": 1")
@@ -154,10 +151,11 @@ fn two_children_never_get_one_writable_disk() {
             root: None,
             writable: Some(disk.reopen().expect("opens")),
         },
+        ..ForkSpec::default()
     };
     let first = template.fork(with_disk()).expect("forks");
     let error = template.fork(with_disk()).expect_err("refused");
     assert!(error.to_string().contains("writable disk"), "{error}");
-    drop(first);
+    first.end();
     template.fork(with_disk()).expect("free again");
 }

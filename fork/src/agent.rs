@@ -1,15 +1,15 @@
 //! The control connection to the agent. Whatever comes from there was written
 //! by a guest.
 
-use crate::child::Message;
 use crate::error::Error;
+use rustix::fd::{AsFd, BorrowedFd};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 use serde::Serialize;
-use std::io::{self, Read, Write};
+use std::io::Write;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_run_abi::protocol::{Event, MAX_EVENT_FRAME, MAX_FRAME, ProcessId, Request, WindowSize};
 
 /// Sends one frame.
@@ -29,42 +29,59 @@ pub(crate) fn send(mut stream: &UnixStream, message: &impl Serialize) -> Result<
         .map_err(|e| Error::Died(format!("the agent does not listen: {e}")))
 }
 
-/// The control connection, and the thread that reads it.
+/// The control connection.
 pub(crate) struct Control {
+    stream: UnixStream,
     writer: Arc<Mutex<UnixStream>>,
-    /// How many events the agent may yet send: each started process gives it
-    /// two. A guest that sends more is cut off, so that it fills no memory.
-    allowance: Arc<AtomicU32>,
-    reader: Option<JoinHandle<()>>,
+    events: Events,
+}
+
+/// The next word of the agent.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Heard {
+    /// Something.
+    Event(Event),
+    /// Nothing now.
+    Nothing,
+    /// The connection has ended, or broken the rules: which.
+    Gone(String),
 }
 
 impl Control {
-    pub(crate) fn new(stream: UnixStream, inbox: Sender<Message>) -> Result<Self, Error> {
-        let os = |e: io::Error| Error::Died(format!("cannot follow the agent: {e}"));
-        let mut from = stream.try_clone().map_err(os)?;
-        let allowance = Arc::new(AtomicU32::new(0));
-        let left = Arc::clone(&allowance);
-        let reader = std::thread::Builder::new()
-            .name("agent".into())
-            .spawn(move || {
-                let why = read_events(&mut from, &left, |event| {
-                    inbox.send(Message::Agent(event)).is_ok()
-                });
-                // Without a child there is nobody to tell.
-                drop(inbox.send(Message::AgentGone(why)));
-            })
-            .map_err(os)?;
+    pub(crate) fn new(stream: UnixStream) -> Result<Self, Error> {
+        let writer = stream
+            .try_clone()
+            .map_err(|e| Error::Died(format!("cannot write to the agent: {e}")))?;
         Ok(Self {
-            writer: Arc::new(Mutex::new(stream)),
-            allowance,
-            reader: Some(reader),
+            stream,
+            writer: Arc::new(Mutex::new(writer)),
+            events: Events::default(),
         })
     }
 
-    /// Sends a request that starts a process.
-    pub(crate) fn start(&self, request: &Request) -> Result<(), Error> {
-        self.allowance.fetch_add(2, Ordering::Relaxed);
+    /// Sends a request, and lets the agent say so many events more for it.
+    pub(crate) fn request(&mut self, request: &Request, events: u32) -> Result<(), Error> {
+        self.events.allow(events);
         send(&lock(&self.writer), request)
+    }
+
+    /// Reads what has come. It never waits.
+    pub(crate) fn hear(&mut self) -> Heard {
+        loop {
+            match self.events.next() {
+                Ok(Some(event)) => return Heard::Event(event),
+                Ok(None) => {}
+                Err(why) => return Heard::Gone(why),
+            }
+            let mut bytes = [0; 4096];
+            match recv(&self.stream, &mut bytes, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return Heard::Gone("the agent's connection ended".into()),
+                Ok((got, _)) => self.events.feed(&bytes[..got]),
+                Err(Errno::AGAIN) => return Heard::Nothing,
+                Err(Errno::INTR) => {}
+                Err(e) => return Heard::Gone(format!("the agent's connection ended: {e}")),
+            }
+        }
     }
 
     pub(crate) fn remote(&self, process: ProcessId) -> Remote {
@@ -77,47 +94,56 @@ impl Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
-        if let Some(reader) = self.reader.take()
-            && reader.join().is_err()
-        {
-            log::error!("the reader of an agent's events has panicked");
-        }
+        // Remotes may live on, and hold the same connection. One that the guest
+        // has closed already is no error.
+        self.stream.shutdown(Shutdown::Both).ok();
     }
 }
 
-/// Reads events until the connection ends or breaks the rules; says which.
-pub(crate) fn read_events(
-    from: &mut impl Read,
-    allowance: &AtomicU32,
-    mut deliver: impl FnMut(Event) -> bool,
-) -> String {
-    loop {
-        let event = match read_event(from) {
-            Ok(event) => event,
-            Err(e) => return format!("the agent's connection ended: {e}"),
+impl AsFd for Control {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// Frames of events, from bytes. A guest may send no more events than it was
+/// allowed, so that it fills no memory; and no frame is kept beyond the longest.
+#[derive(Debug, Default)]
+pub(crate) struct Events {
+    bytes: Vec<u8>,
+    allowance: u32,
+}
+
+impl Events {
+    pub(crate) fn allow(&mut self, more: u32) {
+        self.allowance = self.allowance.saturating_add(more);
+    }
+
+    pub(crate) fn feed(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// The next event that has come whole; or why there will be none.
+    pub(crate) fn next(&mut self) -> Result<Option<Event>, String> {
+        let Some(header) = self.bytes.first_chunk::<4>() else {
+            return Ok(None);
         };
-        let granted = allowance
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
-            .is_ok();
-        if !granted {
-            return "the agent said more than it was asked".into();
+        let len = u32::from_le_bytes(*header) as usize;
+        if len > MAX_EVENT_FRAME {
+            return Err("the agent sent a frame that is too long".into());
         }
-        if !deliver(event) {
-            return "nobody listens".into();
-        }
+        let Some(body) = self.bytes.get(4..4 + len) else {
+            return Ok(None);
+        };
+        let event = postcard::from_bytes(body)
+            .map_err(|_| "the agent sent a frame that is no event".to_owned())?;
+        self.allowance = self
+            .allowance
+            .checked_sub(1)
+            .ok_or("the agent said more than it was asked")?;
+        self.bytes.drain(..4 + len);
+        Ok(Some(event))
     }
-}
-
-fn read_event(from: &mut impl Read) -> io::Result<Event> {
-    let mut len = [0; 4];
-    from.read_exact(&mut len)?;
-    let len = u32::from_le_bytes(len) as usize;
-    if len > MAX_EVENT_FRAME {
-        return Err(io::ErrorKind::FileTooLarge.into());
-    }
-    let mut body = vec![0; len];
-    from.read_exact(&mut body)?;
-    postcard::from_bytes(&body).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// Reaches one process of a child, from any thread.
@@ -145,11 +171,16 @@ impl Remote {
         let process = self.process;
         send(&lock(&self.writer), &Request::Resize { process, size })
     }
+
+    /// Which process it is, within its child.
+    pub fn process(&self) -> ProcessId {
+        self.process
+    }
 }
 
 /// A writer that panicked has written a whole frame or none that matters: the
 /// agent drops a connection that it cannot decode.
-fn lock(stream: &Mutex<UnixStream>) -> std::sync::MutexGuard<'_, UnixStream> {
+fn lock(stream: &Mutex<UnixStream>) -> MutexGuard<'_, UnixStream> {
     stream.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -163,13 +194,19 @@ mod tests {
         [(body.len() as u32).to_le_bytes().as_slice(), &body].concat()
     }
 
-    fn read_all(bytes: &[u8], allowance: u32) -> (Vec<Event>, String) {
+    fn read_all(bytes: &[u8], allowance: u32) -> (Vec<Event>, Option<String>) {
+        let mut incoming = Events::default();
+        incoming.allow(allowance);
         let mut events = Vec::new();
-        let why = read_events(&mut &bytes[..], &AtomicU32::new(allowance), |event| {
-            events.push(event);
-            true
-        });
-        (events, why)
+        // Byte by byte: a stream has no borders.
+        for byte in bytes {
+            incoming.feed(&[*byte]);
+            match incoming.next() {
+                Ok(event) => events.extend(event),
+                Err(why) => return (events, Some(why)),
+            }
+        }
+        (events, None)
     }
 
     #[test]
@@ -182,17 +219,30 @@ mod tests {
         let bytes = [frame(&started), frame(&exited), frame(&started)].concat();
         let (events, why) = read_all(&bytes, 2);
         assert_eq!(events, [started, exited]);
-        assert_eq!(why, "the agent said more than it was asked");
+        let more = "the agent said more than it was asked";
+        assert_eq!(why.as_deref(), Some(more));
     }
 
     #[test]
     fn hostile_frames_end_the_connection() {
         let giant = [u32::MAX.to_le_bytes().as_slice(), &[0; 64]].concat();
         let garbage = [3_u32.to_le_bytes().as_slice(), &[0xff; 3]].concat();
-        let cut = &frame(&Event::Started { process: 1 })[..5];
-        for bytes in [&giant[..], &garbage, cut, &[]] {
-            let (events, why) = read_all(bytes, 9);
-            assert!(events.is_empty() && why.starts_with("the agent's connection ended"));
+        for bytes in [giant, garbage] {
+            let (events, why) = read_all(&bytes, 9);
+            assert!(events.is_empty() && why.is_some());
         }
+    }
+
+    #[test]
+    fn a_connection_that_ends_is_told_after_what_it_said() {
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        let mut control = Control::new(ours).expect("a control");
+        assert_eq!(control.hear(), Heard::Nothing);
+        control.events.allow(1);
+        let event = Event::Started { process: CONTAINER };
+        theirs.write_all(&frame(&event)).expect("written");
+        drop(theirs);
+        assert_eq!(control.hear(), Heard::Event(event));
+        assert!(matches!(control.hear(), Heard::Gone(_)));
     }
 }

@@ -1,50 +1,40 @@
 //! A child: one VM of its own, and the container in it.
 //!
 //! ```text
-//!   Forked --confirm--> Confirmed --start--> Started --wait--> Ended
+//!   Forked --confirm--> Confirmed --start, attach--> Started --wait--> Ended
 //!      any --a failure--> Poisoned: nothing works any more but dropping it
 //! ```
+//! A child has no thread: whoever calls it waits, for the VM's news and the
+//! agent's events together.
 
-use crate::agent::{Control, Remote};
+use crate::agent::{Control, Heard, Remote};
 use crate::error::Error;
-use crate::template::death;
+use crate::machine::{Machine, News};
+use crate::stats::ChildStats;
+use crate::template::{Kind, Template, TemplateInfo, Warm};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::AsFd;
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::fs::File;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
+use vm_run_abi::VERSION;
 use vm_run_abi::protocol::{
-    self, CONTAINER, ContainerSpec, ExitStatus, Hello, PORT, ProcessSpec, Request, Stream,
+    CONTAINER, ContainerSpec, Event, ExitStatus, Hello, PORT, ProcessId, ProcessSpec, Request,
+    Stream,
 };
-use vmm::{Event, EventSink, Timeline, Vm};
+use vmm::{Moment, Timeline};
 
 /// How long a child may take from its first instruction to having its identity,
 /// and the agent to answer a request. It needs milliseconds; the rest is for a
 /// host that is very busy, or emulated.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What reaches a child's owner.
-pub(crate) enum Message {
-    Vm(Event),
-    Agent(protocol::Event),
-    /// The control connection has ended, and why.
-    AgentGone(String),
-}
-
-/// Where a child's messages arrive.
-pub(crate) struct Inbox {
-    messages: Receiver<Message>,
-    sender: Sender<Message>,
-}
-
-impl Inbox {
-    pub(crate) fn new() -> (Self, EventSink) {
-        let (sender, messages) = mpsc::channel();
-        let to = sender.clone();
-        // The inbox outlives the VM; after that nobody is told anything.
-        let sink: EventSink = Arc::new(move |event| drop(to.send(Message::Vm(event))));
-        (Self { messages, sender }, sink)
-    }
-}
+/// How long a guest may take to explain that its agent has gone.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -55,34 +45,52 @@ enum Phase {
     Poisoned,
 }
 
+/// What was ready when a child was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ForkPath {
+    /// Nothing: its VM was made at the fork.
+    Cold,
+    /// A pool had its VM.
+    Pooled,
+}
+
 /// When a child reached each stage. What has not happened is `None`.
 #[derive(Debug, Clone, Copy)]
 pub struct Stages {
     /// The fork itself.
     pub fork: Timeline,
     /// The first vCPU entered the guest.
-    pub entered: Option<Instant>,
+    pub entered: Option<Moment>,
     /// The guest had applied its identity, or a guest without Linux had answered.
-    pub confirmed: Option<Instant>,
-    /// The container's process had passed its exec.
-    pub started: Option<Instant>,
+    pub confirmed: Option<Moment>,
+    /// The container's process had passed its exec, or was attached to.
+    pub started: Option<Moment>,
     /// The container's exit was known.
-    pub exited: Option<Instant>,
+    pub exited: Option<Moment>,
 }
 
 /// A forked VM. Dropping it ends the VM at once, whatever runs in it.
 pub struct Child {
-    // The VM drops before the control connection's reader is joined: with the VM
-    // its vsock device closes the connection, which ends the reader.
-    vm: Vm,
+    machine: Machine,
     control: Option<Control>,
-    inbox: Inbox,
     generation: u64,
     phase: Phase,
+    path: ForkPath,
+    template: Arc<TemplateInfo>,
     stages: Stages,
+    /// What was heard while something else was waited for.
+    exits: HashMap<ProcessId, ExitStatus>,
+    is_warm: bool,
+    next_process: ProcessId,
+    /// The container's streams, to be closed when it is frozen.
+    streams: Vec<UnixStream>,
+    /// What the container runs, and from which root image: for a template of it.
+    command: Vec<String>,
+    stream_kinds: Vec<Stream>,
+    root: Option<File>,
 }
 
-/// The container's first process, seen from the host.
+/// A process in a child, seen from the host.
 #[derive(Debug)]
 pub struct Process {
     /// To its stdin: shutting down the writing half is end-of-file.
@@ -98,14 +106,25 @@ pub struct Process {
 }
 
 impl Child {
-    pub(crate) fn new(vm: Vm, inbox: Inbox, generation: u64) -> Self {
-        let fork = vm.timeline();
+    pub(crate) fn new(
+        machine: Machine,
+        generation: u64,
+        path: ForkPath,
+        template: Arc<TemplateInfo>,
+        root: Option<File>,
+    ) -> Self {
+        let fork = machine.timeline();
+        let (command, stream_kinds) = match &template.warm {
+            Some(warm) => (warm.command.clone(), warm.streams.clone()),
+            None => Default::default(),
+        };
         Self {
-            vm,
+            machine,
             control: None,
-            inbox,
             generation,
             phase: Phase::Forked,
+            path,
+            template,
             stages: Stages {
                 fork,
                 entered: None,
@@ -113,6 +132,13 @@ impl Child {
                 started: None,
                 exited: None,
             },
+            exits: HashMap::new(),
+            is_warm: false,
+            next_process: CONTAINER + 1,
+            streams: Vec::new(),
+            command,
+            stream_kinds,
+            root,
         }
     }
 
@@ -127,7 +153,8 @@ impl Child {
         self.settle(result, Phase::Confirmed)
     }
 
-    /// Starts the container. The child is confirmed first if that was not done.
+    /// Starts the container of a bare child. The child is confirmed first if that
+    /// was not done.
     ///
     /// # Errors
     /// A process that cannot be started, with docker's reason for it.
@@ -136,12 +163,45 @@ impl Child {
         container: ContainerSpec,
         process: ProcessSpec,
     ) -> Result<Process, Error> {
-        if self.phase == Phase::Forked {
-            self.confirm()?;
-        }
-        self.expect(Phase::Confirmed, "has a container already")?;
-        let result = self.start_container(container, process);
+        self.expect_fresh(Kind::Bare, "has a container inside: attach to it")?;
+        let streams = process.streams.clone();
+        let warm = container.warm;
+        self.command.clone_from(&process.args);
+        self.stream_kinds.clone_from(&process.streams);
+        let request = Request::StartContainer { container, process };
+        // Started and Exited; and Warm, where it may come.
+        let events = 2 + u32::from(warm);
+        let result = self.begin(CONTAINER, &streams, &request, events);
         self.settle(result, Phase::Started)
+    }
+
+    /// Ties streams to the container that a warm child was born with.
+    ///
+    /// # Errors
+    /// A child of a bare template, or one whose agent does not answer.
+    pub fn attach(&mut self, streams: &[Stream]) -> Result<Process, Error> {
+        self.expect_fresh(Kind::Warm, "has no container to attach to: start one")?;
+        let request = Request::Attach {
+            streams: streams.to_vec(),
+        };
+        let result = self.begin(CONTAINER, streams, &request, 2);
+        self.settle(result, Phase::Started)
+    }
+
+    /// Starts one more process in the container.
+    ///
+    /// # Errors
+    /// A process that cannot be started, with docker's reason for it; the
+    /// container runs on.
+    pub fn exec(&mut self, process: ProcessSpec) -> Result<Process, Error> {
+        self.expect(Phase::Started, "has no container to run it in")?;
+        let id = self.next_process;
+        self.next_process += 1;
+        let streams = process.streams.clone();
+        match self.begin(id, &streams, &Request::Exec { id, process }, 2) {
+            Err(error @ (Error::Start { .. } | Error::TooLong { .. })) => Err(error),
+            other => self.settle(other, Phase::Started),
+        }
     }
 
     /// Waits for the container to end. Its output streams are at their end soon
@@ -150,19 +210,88 @@ impl Child {
     /// # Errors
     /// A guest that dies instead, with its last console lines.
     pub fn wait(&mut self) -> Result<ExitStatus, Error> {
+        let status = self.wait_for(CONTAINER)?;
+        self.stages.exited = Some(Moment::now());
+        self.phase = Phase::Ended;
+        Ok(status)
+    }
+
+    /// Waits for one process of the container to end; see [`Remote::process`].
+    /// What ended meanwhile is remembered.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn wait_for(&mut self, process: ProcessId) -> Result<ExitStatus, Error> {
         self.expect(Phase::Started, "has no container to wait for")?;
-        let result = loop {
-            match self.receive(None) {
-                Ok(protocol::Event::Exited {
-                    process: CONTAINER,
-                    status,
-                }) => break Ok(status),
-                Ok(_) => {}
-                Err(error) => break Err(error),
+        loop {
+            if let Some(status) = self.exits.remove(&process) {
+                return Ok(status);
             }
+            let heard = self.hear(None);
+            self.settle(heard, Phase::Started)?;
+        }
+    }
+
+    /// Waits until the container says that it is warm.
+    ///
+    /// # Errors
+    /// A container that ends instead, or does not say so in time.
+    pub fn await_warm(&mut self, timeout: Duration) -> Result<(), Error> {
+        self.expect(Phase::Started, "has no container that could be warm")?;
+        let deadline = Instant::now() + timeout;
+        while !self.is_warm {
+            if let Some(status) = self.exits.get(&CONTAINER) {
+                let status = status.code();
+                return Err(Error::NotWarm(format!("it ended with status {status}")));
+            }
+            if Instant::now() >= deadline {
+                let seconds = timeout.as_secs();
+                return Err(Error::NotWarm(format!("it did not say so in {seconds} s")));
+            }
+            let heard = self.hear(Some(deadline));
+            self.settle(heard, Phase::Started)?;
+        }
+        Ok(())
+    }
+
+    /// Freezes a child whose container is warm, and makes a template of it, with
+    /// `image` as what people call its image. Its streams are closed; each child of
+    /// the template has them anew.
+    ///
+    /// # Errors
+    /// A container that cannot be frozen, or what the monitor says. The child is
+    /// gone in any case.
+    pub fn freeze(mut self, image: &str) -> Result<Template, Error> {
+        self.expect(Phase::Started, "has no container to freeze")?;
+        let Some(control) = &mut self.control else {
+            return Err(Error::State("has no agent to freeze it"));
         };
-        self.stages.exited = Some(Instant::now());
-        self.settle(result, Phase::Ended)
+        control.request(&Request::Freeze, 1)?;
+        match self.answered()? {
+            Event::Frozen => {}
+            Event::FreezeFailed { message } => return Err(Error::NotWarm(message)),
+            _ => return Err(out_of_turn()),
+        }
+        for stream in self.streams.drain(..) {
+            // Other handles to it are closed by this too. One that the guest has
+            // closed already is no error.
+            stream.shutdown(Shutdown::Both).ok();
+        }
+        self.control = None;
+        self.await_fork_point()?;
+        let warm = Warm {
+            image: image.into(),
+            command: self.command,
+            streams: self.stream_kinds,
+        };
+        let (memory, state) = self.machine.freeze()?;
+        Ok(Template::frozen(
+            &self.template,
+            warm,
+            self.root,
+            memory,
+            state,
+        ))
     }
 
     /// Waits for the answer of a guest without Linux.
@@ -171,15 +300,18 @@ impl Child {
     /// A guest that does not answer.
     pub fn answer(&mut self) -> Result<u64, Error> {
         self.expect(Phase::Forked, "is not fresh from the fork")?;
+        let deadline = Instant::now() + TIMEOUT;
         let result = loop {
-            match self.inbox.messages.recv_timeout(TIMEOUT) {
-                Ok(Message::Vm(Event::Entered(at))) => self.entered(at),
-                Ok(Message::Vm(Event::Answer { value, at })) => {
+            match self.next(Some(deadline)) {
+                Ok(Next::News(News::Answer { value, entered, at })) => {
+                    self.stages.entered = Some(entered);
                     self.stages.confirmed = Some(at);
                     break Ok(value);
                 }
-                Ok(Message::Vm(event)) => break Err(Error::Died(death(&event, &self.vm))),
-                Ok(_) | Err(_) => break Err(Error::Died("it does not answer".into())),
+                Ok(Next::News(News::Dead(why))) => break Err(Error::Died(why)),
+                Ok(Next::News(_)) => {}
+                Ok(_) => break Err(Error::Died("it does not answer".into())),
+                Err(error) => break Err(error),
             }
         };
         self.settle(result, Phase::Ended)
@@ -190,9 +322,39 @@ impl Child {
         vmm::payload::micro::expected_answer(self.generation)
     }
 
+    /// Kills the container: [`Self::wait`] tells when it has ended.
+    ///
+    /// # Errors
+    /// A child without a container, or one that is gone.
+    pub fn kill(&self) -> Result<(), Error> {
+        const SIGKILL: i32 = 9;
+        match &self.control {
+            Some(control) => control.remote(CONTAINER).signal(SIGKILL),
+            None => Err(Error::State("has no container to kill")),
+        }
+    }
+
+    /// What it costs its host in memory, now.
+    ///
+    /// # Errors
+    /// What /proc says.
+    pub fn stats(&self) -> Result<ChildStats, Error> {
+        self.machine.stats()
+    }
+
+    /// Whether a pool had its VM.
+    pub fn path(&self) -> ForkPath {
+        self.path
+    }
+
     /// When it reached each stage.
     pub fn stages(&self) -> Stages {
         self.stages
+    }
+
+    /// Ends the VM, and waits until nothing is left of it.
+    pub fn end(self) {
+        self.machine.end();
     }
 
     fn expect(&self, phase: Phase, otherwise: &'static str) -> Result<(), Error> {
@@ -201,6 +363,16 @@ impl Child {
             Phase::Poisoned => Err(Error::State("has failed and cannot be used any more")),
             _ => Err(Error::State(otherwise)),
         }
+    }
+
+    fn expect_fresh(&mut self, kind: Kind, otherwise: &'static str) -> Result<(), Error> {
+        if self.template.kind != kind {
+            return Err(Error::State(otherwise));
+        }
+        if self.phase == Phase::Forked {
+            self.confirm()?;
+        }
+        self.expect(Phase::Confirmed, "has a container already")
     }
 
     fn settle<T>(&mut self, result: Result<T, Error>, next: Phase) -> Result<T, Error> {
@@ -212,74 +384,107 @@ impl Child {
         result
     }
 
-    fn entered(&mut self, at: Instant) {
-        self.stages.entered = self
-            .stages
-            .entered
-            .map_or(Some(at), |first| Some(first.min(at)));
-    }
-
     fn await_identity(&mut self) -> Result<(), Error> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.inbox.messages.recv_timeout(left) {
-                Ok(Message::Vm(Event::Entered(at))) => self.entered(at),
-                Ok(Message::Vm(Event::IdentityApplied { generation, at })) => {
+            match self.next(Some(deadline))? {
+                Next::News(News::IdentityApplied {
+                    generation,
+                    entered,
+                    at,
+                }) => {
+                    self.stages.entered = Some(entered);
                     if generation != self.generation {
                         return Err(Error::Identity(": it has another child's".into()));
                     }
                     self.stages.confirmed = Some(at);
                     return Ok(());
                 }
-                Ok(Message::Vm(event)) => {
-                    let why = death(&event, &self.vm);
-                    return Err(Error::Identity(format!(": {why}")));
-                }
-                Ok(_) => {}
-                Err(_) => {
-                    let tail = self.vm.console_tail(5).join(" | ");
+                Next::News(News::Dead(why)) => return Err(Error::Identity(format!(": {why}"))),
+                Next::Timeout => {
+                    let tail = self.machine.console_tail().join(" | ");
                     let seconds = TIMEOUT.as_secs();
                     return Err(Error::Identity(format!(" in {seconds} s; console: {tail}")));
                 }
+                _ => return Err(Error::Identity(": it speaks out of turn".into())),
             }
         }
     }
 
-    fn start_container(
-        &mut self,
-        container: ContainerSpec,
-        process: ProcessSpec,
-    ) -> Result<Process, Error> {
-        let connect = |hello: &Hello| {
-            let stream = self
-                .vm
-                .connect(PORT)
-                .map_err(|e| Error::Died(format!("cannot connect to the agent: {e}")))?;
-            crate::agent::send(&stream, hello)?;
-            Ok::<_, Error>(stream)
-        };
-        let stdio = |stream: Stream| {
-            let wanted = process.streams.contains(&stream);
-            let process = CONTAINER;
-            wanted
-                .then(|| connect(&Hello::Stdio { process, stream }))
-                .transpose()
-        };
-        let (stdin, stdout) = (stdio(Stream::Stdin)?, stdio(Stream::Stdout)?);
-        let (stderr, terminal) = (stdio(Stream::Stderr)?, stdio(Stream::Terminal)?);
-        let control = Control::new(connect(&Hello::Control)?, self.inbox.sender.clone())?;
-        control.start(&Request::StartContainer { container, process })?;
-        let remote = control.remote(CONTAINER);
-        self.control = Some(control);
-        match self.receive(Some(TIMEOUT))? {
-            protocol::Event::Started { process: CONTAINER } => {}
-            protocol::Event::StartFailed {
-                reason, message, ..
-            } => return Err(Error::Start { reason, message }),
-            _ => return Err(Error::Died("the agent speaks out of turn".into())),
+    fn await_fork_point(&mut self) -> Result<(), Error> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            match self.next(Some(deadline))? {
+                Next::News(News::ForkPoint { version }) if version == u64::from(VERSION) => {
+                    return Ok(());
+                }
+                Next::News(News::ForkPoint { version }) => {
+                    return Err(Error::Version { guest: version });
+                }
+                Next::News(News::Dead(why)) => return Err(Error::Died(why)),
+                Next::News(_) => {}
+                Next::Timeout => {
+                    return Err(Error::Died("it did not reach its fork point".into()));
+                }
+                Next::Heard(_) => return Err(out_of_turn()),
+            }
         }
-        self.stages.started = Some(Instant::now());
+    }
+
+    /// Connects streams, asks for a process, and waits until it has started.
+    fn begin(
+        &mut self,
+        id: ProcessId,
+        streams: &[Stream],
+        request: &Request,
+        events: u32,
+    ) -> Result<Process, Error> {
+        let mut connect = |wanted: Stream| -> Result<Option<UnixStream>, Error> {
+            if !streams.contains(&wanted) {
+                return Ok(None);
+            }
+            let stream = self.machine.connect(PORT)?;
+            let (process, stream_of) = (id, wanted);
+            crate::agent::send(
+                &stream,
+                &Hello::Stdio {
+                    process,
+                    stream: stream_of,
+                },
+            )?;
+            if id == CONTAINER {
+                let handle = stream.try_clone();
+                self.streams
+                    .push(handle.map_err(|e| Error::Died(format!("no descriptor: {e}")))?);
+            }
+            Ok(Some(stream))
+        };
+        let (stdin, stdout) = (connect(Stream::Stdin)?, connect(Stream::Stdout)?);
+        let (stderr, terminal) = (connect(Stream::Stderr)?, connect(Stream::Terminal)?);
+        let control = match &mut self.control {
+            Some(control) => control,
+            None => {
+                let stream = self.machine.connect(PORT)?;
+                crate::agent::send(&stream, &Hello::Control)?;
+                self.control.insert(Control::new(stream)?)
+            }
+        };
+        control.request(request, events)?;
+        let remote = control.remote(id);
+        loop {
+            match self.answered()? {
+                Event::Started { process } if process == id => break,
+                Event::StartFailed {
+                    process,
+                    reason,
+                    message,
+                } if process == id => return Err(Error::Start { reason, message }),
+                _ => return Err(out_of_turn()),
+            }
+        }
+        if id == CONTAINER {
+            self.stages.started = Some(Moment::now());
+        }
         Ok(Process {
             stdin,
             stdout,
@@ -289,31 +494,101 @@ impl Child {
         })
     }
 
-    /// The agent's next event, or why there will be none.
-    fn receive(&mut self, timeout: Option<Duration>) -> Result<protocol::Event, Error> {
-        let mut gone: Option<String> = None;
+    /// The agent's answer to a request. What happens by itself is noted.
+    fn answered(&mut self) -> Result<Event, Error> {
+        let deadline = Instant::now() + TIMEOUT;
         loop {
-            // An agent that has gone is followed, or explained, by its guest.
-            let limit = match &gone {
-                Some(_) => Some(Duration::from_secs(1)),
-                None => timeout,
-            };
-            let message = match limit {
-                Some(limit) => self.inbox.messages.recv_timeout(limit),
-                None => self.inbox.messages.recv().map_err(RecvTimeoutError::from),
-            };
-            match message {
-                Ok(Message::Agent(event)) => return Ok(event),
-                Ok(Message::AgentGone(why)) => gone = Some(why),
-                Ok(Message::Vm(Event::Entered(at))) => self.entered(at),
-                Ok(Message::Vm(event)) => return Err(Error::Died(death(&event, &self.vm))),
-                Err(_) => {
-                    let why = gone.unwrap_or_else(|| "the agent does not answer".into());
-                    return Err(Error::Died(why));
+            match self.hear(Some(deadline))? {
+                Some(answer) => return Ok(answer),
+                None if Instant::now() >= deadline => {
+                    return Err(Error::Died("the agent does not answer".into()));
                 }
+                None => {}
             }
         }
     }
+
+    /// Waits for the agent's next word, at most to the deadline. What happens by
+    /// itself is noted; an answer to a request is returned.
+    fn hear(&mut self, deadline: Option<Instant>) -> Result<Option<Event>, Error> {
+        match self.next(deadline)? {
+            Next::Heard(Heard::Event(Event::Exited { process, status })) => {
+                self.exits.insert(process, status);
+                Ok(None)
+            }
+            Next::Heard(Heard::Event(Event::Warm)) => {
+                self.is_warm = true;
+                Ok(None)
+            }
+            Next::Heard(Heard::Event(answer)) => Ok(Some(answer)),
+            Next::Heard(Heard::Gone(why)) => Err(self.explain(why)),
+            Next::Heard(Heard::Nothing) | Next::Timeout => Ok(None),
+            Next::News(News::Dead(why)) => Err(Error::Died(why)),
+            Next::News(_) => Ok(None),
+        }
+    }
+
+    /// An agent that has gone is followed, or explained, by its guest.
+    fn explain(&mut self, why: String) -> Error {
+        self.control = None;
+        let deadline = Instant::now() + LAST_WORDS;
+        loop {
+            match self.next(Some(deadline)) {
+                Ok(Next::News(News::Dead(why))) => return Error::Died(why),
+                Ok(Next::News(_)) => {}
+                Ok(_) | Err(_) => return Error::Died(why),
+            }
+        }
+    }
+
+    /// The next thing that happens.
+    fn next(&mut self, deadline: Option<Instant>) -> Result<Next, Error> {
+        loop {
+            if let Some(news) = self.machine.news() {
+                return Ok(Next::News(news));
+            }
+            if let Some(control) = &mut self.control {
+                match control.hear() {
+                    Heard::Nothing => {}
+                    heard => return Ok(Next::Heard(heard)),
+                }
+            }
+            if !self.wait_for_bell(deadline)? {
+                return Ok(Next::Timeout);
+            }
+        }
+    }
+
+    /// False if the deadline has passed.
+    fn wait_for_bell(&self, deadline: Option<Instant>) -> Result<bool, Error> {
+        let bell = self.machine.bell();
+        let control = self.control.as_ref().map(AsFd::as_fd);
+        let mut waiting: Vec<PollFd<'_>> = [Some(bell), control]
+            .into_iter()
+            .flatten()
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        let timeout = left.map(|left| Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: left.subsec_nanos().into(),
+        });
+        match poll(&mut waiting, timeout.as_ref()) {
+            Ok(0) => Ok(false),
+            Ok(_) | Err(Errno::INTR) => Ok(true),
+            Err(e) => Err(Error::Died(format!("cannot wait for it: {e}"))),
+        }
+    }
+}
+
+enum Next {
+    News(News),
+    Heard(Heard),
+    Timeout,
+}
+
+fn out_of_turn() -> Error {
+    Error::Died("the agent speaks out of turn".into())
 }
 
 impl std::fmt::Debug for Child {
@@ -321,6 +596,7 @@ impl std::fmt::Debug for Child {
         f.debug_struct("Child")
             .field("generation", &self.generation)
             .field("phase", &self.phase)
+            .field("path", &self.path)
             .finish_non_exhaustive()
     }
 }

@@ -70,6 +70,41 @@ pub enum Error {
         /// How long it may be.
         max: usize,
     },
+    /// A child of another trust domain was asked for.
+    #[error(
+        "the template belongs to the trust domain {template:?} and the child was asked for by {asked:?}: children share their template's memory, so build a template for that domain"
+    )]
+    Domain {
+        /// Whose the template is.
+        template: String,
+        /// Who asked.
+        asked: String,
+    },
+    /// A request that contradicts itself or its template.
+    #[error("{0}")]
+    Request(&'static str),
+    /// A container that is not warm, or cannot be frozen.
+    #[error("the container cannot be frozen: {0}")]
+    NotWarm(String),
+    /// This process lacks something: descriptors, memory, ...
+    #[error("cannot manage a virtual machine: {0}")]
+    Process(#[source] io::Error),
+    /// A pool that is not full in time.
+    #[error("{ready} of {size} virtual machines of the pool are ready: {why}")]
+    PoolNotFull {
+        /// How many are.
+        ready: usize,
+        /// How many there should be.
+        size: usize,
+        /// Why.
+        why: String,
+    },
+    /// A worker refused, with its own words.
+    #[error("{0}")]
+    Worker(String),
+    /// A worker has ended, or broken the rules.
+    #[error("the worker process has gone: {0}")]
+    WorkerGone(String),
     /// The call does not fit the child's state.
     #[error("the child {0}")]
     State(&'static str),

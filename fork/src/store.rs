@@ -1,10 +1,11 @@
-//! A template on disk: a directory of three files.
+//! A template on disk: a directory of a few files.
 //!
 //! | file | holds |
 //! |---|---|
 //! | `manifest.json` | what the rest is, and for whom: read first, readable by people |
 //! | `state` | the vCPUs' and devices' state, in postcard |
 //! | `memory` | guest memory, sparse; mapped private by every child |
+//! | `root` | the root image of a warm template's container |
 //!
 //! It is written beside its place and renamed there, so it is whole or not
 //! there. The state is untrusted until its digest, its size and its contents
@@ -13,13 +14,14 @@
 
 use crate::error::Error;
 use crate::guest::{hex, sha256_of};
-use crate::template::Kind;
-use rustix::fs::{FlockOperation, SeekFrom, flock, seek};
+use crate::template::{Kind, TemplateInfo, Warm};
+use rustix::fs::{AtFlags, CWD, FlockOperation, SeekFrom, flock, linkat, seek};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -27,11 +29,12 @@ use vmm::{Cpu, Image, VmState};
 
 /// The version of the whole directory. Goes up with every change of meaning in
 /// the manifest, in the state or in what the memory holds.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
+const ROOT: &str = "root";
 /// A manifest is about a kilobyte.
 const MANIFEST_MAX: u64 = 64 << 10;
 /// A state is some ten kilobytes for each vCPU.
@@ -51,6 +54,10 @@ pub struct Manifest {
     pub kind: Kind,
     /// How many vCPUs.
     pub vcpus: u32,
+    /// Whose children may share its memory.
+    pub domain: String,
+    /// The container inside, if there is one.
+    pub warm: Option<Warm>,
     /// The CPU on which it was frozen.
     pub cpu: Cpu,
     /// Of kernel and agent; empty without a Linux.
@@ -72,10 +79,18 @@ struct FormatOnly {
     format: u32,
 }
 
-/// A template's two halves.
-pub(crate) struct Memory<'a> {
+/// What a template on disk is written from.
+pub(crate) struct Contents<'a> {
+    pub(crate) info: &'a TemplateInfo,
     pub(crate) image: &'a Image,
     pub(crate) state: &'a VmState,
+}
+
+/// A template on disk, opened.
+pub(crate) struct Opened {
+    pub(crate) image: Image,
+    pub(crate) state: VmState,
+    pub(crate) root: Option<File>,
 }
 
 impl Manifest {
@@ -147,7 +162,7 @@ impl Manifest {
     }
 }
 
-pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<(Image, VmState), Error> {
+pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<Opened, Error> {
     let bad = |reason: &str| Error::Template {
         path: dir.to_path_buf(),
         reason: format!("{reason}; remove and rebuild it"),
@@ -165,29 +180,34 @@ pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<(Image, VmState), 
     flock(&file, FlockOperation::NonBlockingLockShared).map_err(|_| bad("it is being removed"))?;
     let image = Image::from_file(file, manifest.memory_bytes)
         .map_err(|_| bad("its memory is cut short"))?;
-    Ok((image, state))
+    let root = match manifest.kind {
+        Kind::Warm => {
+            let path = dir.join(ROOT);
+            Some(File::open(&path).map_err(Error::io(&path, "open"))?)
+        }
+        Kind::Bare | Kind::Micro => None,
+    };
+    Ok(Opened { image, state, root })
 }
 
 /// Writes a template to `dir`.
-pub(crate) fn save(
-    dir: &Path,
-    kind: Kind,
-    guest_digest: &str,
-    cpu: &Cpu,
-    memory: &Memory,
-) -> Result<Manifest, Error> {
+pub(crate) fn save(dir: &Path, contents: &Contents<'_>) -> Result<Manifest, Error> {
+    let Contents { info, image, state } = contents;
     let parent = dir.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(Error::io(parent, "create"))?;
     let beside = tempfile::Builder::new()
         .prefix(".new-")
         .tempdir_in(parent)
         .map_err(Error::io(parent, "create a directory in"))?;
-    let state = postcard::to_stdvec(memory.state).map_err(|e| Error::Template {
+    let state_bytes = postcard::to_stdvec(state).map_err(|e| Error::Template {
         path: dir.to_path_buf(),
         reason: format!("its state cannot be written: {e}"),
     })?;
-    write(&beside.path().join(STATE), &state)?;
-    let memory_sha256 = copy_memory(memory.image, &beside.path().join(MEMORY))?;
+    write(&beside.path().join(STATE), &state_bytes)?;
+    let memory_sha256 = copy_memory(image, &beside.path().join(MEMORY))?;
+    if let Some(root) = &info.root {
+        keep_root(root, &beside.path().join(ROOT))?;
+    }
     let manifest = Manifest {
         format: FORMAT,
         written_by: env!("CARGO_PKG_VERSION").into(),
@@ -195,13 +215,15 @@ pub(crate) fn save(
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
             .as_secs(),
-        kind,
-        vcpus: memory.state.vcpus() as u32,
-        cpu: cpu.clone(),
-        guest_digest: guest_digest.into(),
-        state_bytes: state.len() as u64,
-        state_sha256: hex(&Sha256::digest(&state)),
-        memory_bytes: memory.image.bytes(),
+        kind: info.kind,
+        vcpus: state.vcpus() as u32,
+        domain: info.domain.clone(),
+        warm: info.warm.clone(),
+        cpu: info.cpu.clone(),
+        guest_digest: info.guest_digest.clone(),
+        state_bytes: state_bytes.len() as u64,
+        state_sha256: hex(&Sha256::digest(&state_bytes)),
+        memory_bytes: image.bytes(),
         memory_sha256,
     };
     let text = serde_json::to_vec_pretty(&manifest).map_err(|e| Error::Template {
@@ -253,6 +275,31 @@ fn copy_memory(image: &Image, path: &Path) -> Result<String, Error> {
         Ok(hex(&hash.finalize()))
     };
     copy().map_err(Error::io(path, "write"))
+}
+
+/// Gives the root image a second name in the template, so that it lives as long
+/// as the template; on another file system: a copy.
+fn keep_root(root: &File, path: &Path) -> Result<(), Error> {
+    let open_file = format!("/proc/self/fd/{}", root.as_raw_fd());
+    match linkat(CWD, open_file, CWD, path, AtFlags::SYMLINK_FOLLOW) {
+        Ok(()) => Ok(()),
+        Err(_) => {
+            let copy = || -> io::Result<()> {
+                let mut to = OpenOptions::new().write(true).create_new(true).open(path)?;
+                let len = root.metadata()?.len();
+                let mut at = 0;
+                let mut buffer = vec![0; 1 << 20];
+                while at < len {
+                    let part = &mut buffer[..((len - at) as usize).min(1 << 20)];
+                    root.read_exact_at(part, at)?;
+                    to.write_all(part)?;
+                    at += part.len() as u64;
+                }
+                to.sync_all()
+            };
+            copy().map_err(Error::io(path, "write"))
+        }
+    }
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), Error> {

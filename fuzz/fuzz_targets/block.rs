@@ -84,8 +84,12 @@ fuzz_target!(|input: Input| {
     };
     // A duplicate has the same lock, so that a fork can have it while its parent
     // is still there; two virtual machines never do this.
-    let bind =
-        |state: &BlockState| Block::restore(state, file.try_clone().ok()).expect("a good state");
+    let bind = |state: &BlockState| {
+        let mut disk = Block::restore(state).expect("a good state");
+        disk.bind(file.try_clone().expect("a descriptor"))
+            .expect("a file that fits");
+        disk
+    };
     let mut hostile = Hostile::new(bind(&state));
     for step in input.steps {
         act(&mut hostile, step, bind);

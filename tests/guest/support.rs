@@ -148,8 +148,8 @@ pub fn boot(memory_mib: u64, vcpus: u8) -> Template {
         memory: memory_mib << 20,
         vcpus,
         guest: Some(guest()),
-        cmdline: String::new(),
         timeout: boot_timeout(),
+        ..BootSpec::default()
     };
     Template::boot(host(), &spec).expect("boots")
 }

@@ -69,9 +69,8 @@ fn micro() -> BootSpec {
     BootSpec {
         memory: 64 << 20,
         vcpus: 2,
-        guest: None,
-        cmdline: String::new(),
         timeout: Duration::from_secs(20),
+        ..BootSpec::default()
     }
 }
 

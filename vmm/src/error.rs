@@ -35,6 +35,9 @@ pub enum HostError {
     /// Anything else on the way to a usable KVM.
     #[error("cannot open /dev/kvm: {0}")]
     Open(#[source] std::io::Error),
+    /// No /proc, or one of an odd sort.
+    #[error("cannot open /proc/self/pagemap: {0}; mount proc at /proc")]
+    Proc(#[source] std::io::Error),
     /// KVM_GET_API_VERSION.
     #[error("/dev/kvm speaks API version {0}, not 12")]
     ApiVersion(i32),
@@ -123,6 +126,14 @@ pub enum Error {
         what: &'static str,
         /// What it said.
         source: std::io::Error,
+    },
+    /// As many VMs live in this process as it allows.
+    #[error(
+        "{most} virtual machines live in this process, and no more are allowed: each slows every page fault of all others; fork into workers, or allow more with Host::allow_vms"
+    )]
+    TooMany {
+        /// How many are allowed.
+        most: usize,
     },
     /// The VM is not in the phase that the call needs.
     #[error("the virtual machine is {0}")]

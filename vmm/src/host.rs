@@ -1,17 +1,49 @@
 //! /dev/kvm, opened once, and what is asked of it once.
 
-use crate::error::HostError;
+use crate::error::{Error, HostError};
+use crate::reaper::{Permit, Reaper, VmCounts};
 use crate::x86_64::cpuid;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
+use std::fs::File;
+use std::sync::Arc;
+
+/// What a thread of a VM is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ThreadKind {
+    /// It runs one vCPU.
+    Vcpu,
+    /// It runs the devices' event loop.
+    Io,
+}
+
+/// Called on each thread of a VM before anything else.
+pub type ThreadStart = Arc<dyn Fn(ThreadKind) + Send + Sync>;
+
+/// How many VMs one process has at most, if nothing else is said. Every VM adds
+/// an MMU notifier to the process's address space, and each copy-on-write fault
+/// walks them all: on one host a fault took 4.2 µs with 1 VM alive, 27 with 100,
+/// 267 with 1000.
+pub const VMS_PER_PROCESS: usize = 16;
 
 /// The KVM of this host. Everything that is the same for all VMs is read here,
 /// once, so that a fork asks for nothing.
-#[derive(Debug)]
 pub struct Host {
     pub(crate) kvm: Kvm,
     pub(crate) cpuid: CpuId,
-    pub(crate) msrs: std::sync::Arc<[u32]>,
+    pub(crate) msrs: Arc<[u32]>,
+    pub(crate) reaper: Arc<Reaper>,
+    /// Of this process; open early, for there may be no /proc later.
+    pub(crate) pagemap: Arc<File>,
+    thread_start: ThreadStart,
+}
+
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Host")
+            .field("vms", &self.vms())
+            .finish_non_exhaustive()
+    }
 }
 
 /// The capabilities that every guest needs; all are in Linux 6.1 on x86-64.
@@ -63,7 +95,39 @@ impl Host {
             kvm,
             cpuid,
             msrs: msrs.as_slice().into(),
+            reaper: Arc::new(Reaper::new(VMS_PER_PROCESS)),
+            pagemap: Arc::new(File::open("/proc/self/pagemap").map_err(HostError::Proc)?),
+            thread_start: Arc::new(|_| {}),
         })
+    }
+
+    /// Allows so many VMs in this process, and not [`VMS_PER_PROCESS`].
+    pub fn allow_vms(&mut self, most: usize) {
+        self.reaper = Arc::new(Reaper::new(most));
+    }
+
+    /// Has each thread of a VM call `start` before anything else: the place to
+    /// confine it.
+    pub fn on_thread_start(&mut self, start: ThreadStart) {
+        self.thread_start = start;
+    }
+
+    pub(crate) fn thread_start(&self) -> ThreadStart {
+        Arc::clone(&self.thread_start)
+    }
+
+    pub(crate) fn permit(&self) -> Result<Permit, Error> {
+        self.reaper.permit()
+    }
+
+    /// How many VMs there are, and have been.
+    pub fn vms(&self) -> VmCounts {
+        self.reaper.counts()
+    }
+
+    /// Waits until every VM that was dropped is closed.
+    pub fn settle(&self) {
+        self.reaper.settle();
     }
 
     /// The CPU as guests of this host see it.

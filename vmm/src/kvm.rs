@@ -4,13 +4,15 @@ use crate::error::Error;
 use crate::host::Host;
 use crate::layout::{IDENTITY_MAP, TSS};
 use crate::memory::Ram;
+use crate::moment::Moment;
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
-use std::time::Instant;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The KVM calls that make a VM; implemented by [`VmFd`], and by a recorder in
 /// tests.
@@ -27,7 +29,7 @@ trait Calls {
 /// so that a slot never outlives what it points to.
 #[derive(Debug)]
 pub(crate) struct KvmVm {
-    pub(crate) fd: VmFd,
+    pub(crate) fd: Arc<VmFd>,
     pub(crate) ram: Ram,
     pub(crate) xsave_size: usize,
 }
@@ -40,31 +42,49 @@ pub(crate) struct KvmVmState {
     ioapic: kvm_irqchip,
 }
 
+impl KvmVmState {
+    /// To be called before any vCPU runs: a clock that is set under a running
+    /// vCPU jumps (cloud-hypervisor#7930).
+    pub(crate) fn set_clock(&self, vm: &VmFd) -> Result<(), Error> {
+        vm.set_clock(&self.clock)
+            .map_err(Error::kvm("KVM_SET_CLOCK"))
+    }
+}
+
 /// When the parts of a VM were there.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Made {
-    pub(crate) vm: Instant,
-    pub(crate) memory: Instant,
+    pub(crate) vm: Moment,
+    pub(crate) memory: Moment,
 }
 
 impl KvmVm {
-    /// Makes a VM over the memory that `map` gives.
+    /// Makes a VM over the memory that `map` gives. Interrupt controllers and vCPUs
+    /// come with [`Self::populate`].
     pub(crate) fn new(
         host: &Host,
-        vcpus: u8,
         map: impl FnOnce() -> Result<Ram, Error>,
-    ) -> Result<(Self, Vec<VcpuFd>, Made), Error> {
+    ) -> Result<(Self, Made), Error> {
         let fd = host.kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
-        let vm = Instant::now();
+        let vm = Moment::now();
         let ram = map()?;
-        let (fds, memory) = assemble(&fd, &ram, vcpus)?;
+        set_slots(&fd, &ram)?;
+        let memory = Moment::now();
+        Ok((Self::over(fd, ram), Made { vm, memory }))
+    }
+
+    /// Makes interrupt controllers and vCPUs; once.
+    pub(crate) fn populate(&self, vcpus: u8) -> Result<Vec<VcpuFd>, Error> {
+        populate(&*self.fd, vcpus)
+    }
+
+    fn over(fd: VmFd, ram: Ram) -> Self {
         let xsave_size = fd.check_extension_int(Cap::Xsave2).max(4096) as usize;
-        let this = Self {
-            fd,
+        Self {
+            fd: Arc::new(fd),
             ram,
             xsave_size,
-        };
-        Ok((this, fds, Made { vm, memory }))
+        }
     }
 
     pub(crate) fn save(&self) -> Result<KvmVmState, Error> {
@@ -90,12 +110,29 @@ impl KvmVm {
         })
     }
 
-    /// To be called before any vCPU runs: a clock that is set under a running
-    /// vCPU jumps (cloud-hypervisor#7930).
-    pub(crate) fn restore(&self, state: &KvmVmState) -> Result<(), Error> {
-        self.fd
-            .set_clock(&state.clock)
-            .map_err(Error::kvm("KVM_SET_CLOCK"))?;
+    /// For vCPUs that are loaded by threads of their own.
+    pub(crate) fn chips(&self, vcpus: usize) -> Arc<Chips> {
+        Arc::new(Chips {
+            fd: Arc::clone(&self.fd),
+            unloaded: AtomicUsize::new(vcpus),
+        })
+    }
+}
+
+/// The interrupt controllers of a VM that is being restored. They come after all
+/// LAPICs: what is pending in the IOAPIC is delivered to them when it is set.
+pub(crate) struct Chips {
+    fd: Arc<VmFd>,
+    unloaded: AtomicUsize,
+}
+
+impl Chips {
+    /// One more vCPU has its state; the last sets the controllers.
+    pub(crate) fn vcpu_loaded(&self, state: &KvmVmState) -> Result<(), Error> {
+        // The last one must see what the others have done.
+        if self.unloaded.fetch_sub(1, Ordering::AcqRel) != 1 {
+            return Ok(());
+        }
         for chip in state.pic.iter().chain([&state.ioapic]) {
             self.fd
                 .set_irqchip(chip)
@@ -105,23 +142,44 @@ impl KvmVm {
     }
 }
 
+/// A VM that was made ahead of time, without memory: for the floor of a pool.
+pub(crate) struct Ahead {
+    fd: VmFd,
+    pub(crate) vcpus: Vec<VcpuFd>,
+}
+
+impl Ahead {
+    pub(crate) fn new(host: &Host, vcpus: u8) -> Result<Self, Error> {
+        let fd = host.kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
+        let vcpus = populate(&fd, vcpus)?;
+        Ok(Self { fd, vcpus })
+    }
+
+    pub(crate) fn map(self, ram: Ram) -> Result<(KvmVm, Vec<VcpuFd>), Error> {
+        set_slots(&self.fd, &ram)?;
+        Ok((KvmVm::over(self.fd, ram), self.vcpus))
+    }
+}
+
 /// Memory before everything else: a slot that is set after the irqchip waits for
 /// a grace period that the irqchip's bus registrations have begun, 1 to 3 jiffies
 /// (virt/kvm/kvm_main.c, kvm_swap_active_memslots, synchronize_srcu_expedited).
-/// The identity map is refused once there are vCPUs (api.rst 4.78), the irqchip
-/// likewise (4.24). No PIT: it costs a kernel thread, and the guest's timer is
-/// the LAPIC's.
-fn assemble<C: Calls>(vm: &C, ram: &Ram, vcpus: u8) -> Result<(Vec<C::Vcpu>, Instant), Error> {
+fn set_slots(vm: &impl Calls, ram: &Ram) -> Result<(), Error> {
     for (slot, (gpa, hva, len)) in (0..).zip(ram.slots()) {
         vm.memory_slot(slot, gpa, hva, len)?;
     }
-    let mapped = Instant::now();
+    Ok(())
+}
+
+/// The identity map is refused once there are vCPUs (api.rst 4.78), the irqchip
+/// likewise (4.24). No PIT: it costs a kernel thread, and the guest's timer is
+/// the LAPIC's.
+fn populate<C: Calls>(vm: &C, vcpus: u8) -> Result<Vec<C::Vcpu>, Error> {
     // What VMX without "unrestricted guest" needs to run real mode; free elsewhere.
     vm.identity_map(IDENTITY_MAP)?;
     vm.tss(TSS)?;
     vm.irqchip()?;
-    let vcpus = (0..vcpus).map(|id| vm.vcpu(id)).collect::<Result<_, _>>()?;
-    Ok((vcpus, mapped))
+    (0..vcpus).map(|id| vm.vcpu(id)).collect()
 }
 
 impl Calls for VmFd {
@@ -196,7 +254,8 @@ mod tests {
     fn memory_comes_before_the_irqchip_and_vcpus_last() {
         let vm = Recorder::default();
         let ram = Ram::shared(4 << 30).expect("memory");
-        let (vcpus, _) = assemble(&vm, &ram, 2).expect("nothing fails");
+        set_slots(&vm, &ram).expect("nothing fails");
+        let vcpus = populate(&vm, 2).expect("nothing fails");
         assert_eq!(vcpus, [0, 1]);
         assert_eq!(
             *vm.0.borrow(),

@@ -17,6 +17,7 @@
 
 use crate::error::Error;
 use crate::layout::{SERIAL_IRQ, SERIAL_PORT, VIRTIO_IRQ, VIRTIO_MMIO, VIRTIO_MMIO_SIZE};
+use crate::moment::Moment;
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockState};
 use devices::virtio::mmio::{MmioTransport, TransportState};
@@ -28,7 +29,6 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 use vm_run_abi::{PAGE_SIZE, doorbell};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -43,28 +43,30 @@ const DISK_SECTORS: u64 = (1 << 40) / 512;
 /// What a running VM tells whoever runs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// A vCPU enters the guest for the first time.
-    Entered(Instant),
     /// The guest is at its fork point, and that vCPU is parked.
     ForkPoint {
         /// The guest's version of the agreement.
         version: u64,
         /// When the store left the guest.
-        at: Instant,
+        at: Moment,
     },
     /// The guest has applied the identity of this generation.
     IdentityApplied {
         /// As it read it.
         generation: u64,
+        /// When the vCPU that says so first entered the guest.
+        entered: Moment,
         /// When the store left the guest.
-        at: Instant,
+        at: Moment,
     },
     /// A guest without Linux has answered, and is parked.
     Answer {
         /// The value.
         value: u64,
+        /// When its vCPU first entered the guest.
+        entered: Moment,
         /// When the store left the guest.
-        at: Instant,
+        at: Moment,
     },
     /// The guest cannot boot, and says why.
     BootFailed(String),
@@ -89,7 +91,8 @@ pub struct Disks {
     pub writable: Option<File>,
 }
 
-/// All devices of one VM.
+/// All devices of one VM; a clone is of the same.
+#[derive(Clone)]
 pub(crate) struct Devices {
     pub(crate) serial: Arc<Mutex<Serial>>,
     pub(crate) rng: Arc<Mutex<MmioTransport<Rng>>>,
@@ -137,13 +140,13 @@ impl Default for DevicesState {
 }
 
 impl Devices {
-    /// Makes all devices in the state `s`, and wires their interrupts.
+    /// Makes all devices in the state `s`, and wires their interrupts. The disks
+    /// have no files yet.
     pub(crate) fn restore(
         s: &DevicesState,
         vm: &VmFd,
         memory: &GuestMemory,
         console: &Console,
-        disks: Disks,
     ) -> Result<Self, Error> {
         let irq = |line: u32| -> Result<EventFd, Error> {
             let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::os("eventfd"))?;
@@ -153,9 +156,8 @@ impl Devices {
         };
         let serial = Serial::restore(irq(SERIAL_IRQ)?, console.clone(), &s.serial)
             .map_err(refused("the serial port"))?;
-        let root = Block::restore(&s.root.device, disks.root).map_err(refused("the root disk"))?;
-        let writable = Block::restore(&s.writable.device, disks.writable)
-            .map_err(refused("the writable disk"))?;
+        let root = Block::restore(&s.root.device).map_err(refused("the root disk"))?;
+        let writable = Block::restore(&s.writable.device).map_err(refused("the writable disk"))?;
         let vsock = Vsock::restore(&s.vsock.device).map_err(refused("vsock"))?;
         let rng = Rng::restore(&s.rng.device);
         Ok(Self {
@@ -170,6 +172,22 @@ impl Devices {
                 &s.writable.transport,
             )?,
         })
+    }
+
+    /// Binds the disks' files, before the guest runs.
+    pub(crate) fn bind(&self, disks: Disks) -> Result<(), Error> {
+        for (device, file, name) in [
+            (&self.root, disks.root, "the root disk"),
+            (&self.writable, disks.writable, "the writable disk"),
+        ] {
+            if let Some(file) = file {
+                lock(device)
+                    .device_mut()
+                    .bind(file)
+                    .map_err(refused(name))?;
+            }
+        }
+        Ok(())
     }
 
     /// Reads all states. The vCPUs are stopped; holding a device's lock means

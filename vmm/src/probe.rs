@@ -32,10 +32,9 @@ impl Host {
             vcpus: 1,
             payload: Payload::Micro(&micro::SYSCALL_PROBE),
         };
-        let vm = Vm::boot(self, &config, sink)?;
+        let vm = Vm::boot(self, &config, &sink)?;
         let isolation = loop {
             match events.recv_timeout(Duration::from_secs(10)) {
-                Ok(Event::Entered(_)) => {}
                 Ok(Event::Answer { value: 0, .. }) => break Ok(Isolation::Hardware),
                 Ok(Event::Answer { .. }) => break Ok(Isolation::SyscallStaysInUserMode),
                 Ok(Event::Failed(reason)) => break Err(Error::Guest(reason)),

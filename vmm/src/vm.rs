@@ -4,29 +4,24 @@ use crate::error::{ConfigError, Error};
 use crate::host::Host;
 use crate::io::IoThread;
 use crate::kvm::{KvmVm, KvmVmState};
-use crate::layout::{CMDLINE_MAX, VCPUS_MAX};
-use crate::machine::{Bus, Devices, DevicesState, Disks, EventSink, VIRTIO_DEVICES, lock};
+use crate::layout::{CMDLINE_MAX, RamRange, VCPUS_MAX};
+use crate::machine::{Devices, DevicesState, EventSink, VIRTIO_DEVICES, lock};
 use crate::memory::{Image, Ram};
+use crate::moment::Moment;
 use crate::payload::{Payload, linux, micro};
-use crate::vcpu::kick;
+use crate::prepared;
+use crate::reaper::{Parts, Reaper};
 use crate::vcpu::state::{self, VcpuState};
-use crate::vcpu::thread::{self, Order};
+use crate::vcpu::thread::{Order, Seat};
 use crate::x86_64::boot::{self, Ring};
 use crate::x86_64::{cpuid, msr};
 use devices::Console;
 use kvm_bindings::{CpuId, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
-use vmm_sys_util::signal::Killable;
-
-/// How long a vCPU may take to leave the guest when it is told to. It needs
-/// microseconds; a host under heavy load may keep it from running.
-const KICK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What to boot.
 #[derive(Debug, Clone)]
@@ -45,7 +40,7 @@ pub struct VmConfig {
 pub struct VmState {
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) vm: KvmVmState,
-    devices: DevicesState,
+    pub(crate) devices: DevicesState,
 }
 
 impl VmState {
@@ -69,29 +64,36 @@ impl VmState {
             _ => Err(Error::State(format!("{} vCPUs", self.vcpus.len()))),
         }
     }
+
+    /// Checks it against what this host's KVM reads of its buffers.
+    pub(crate) fn check_sizes(&self, xsave_size: usize) -> Result<(), Error> {
+        self.vcpus
+            .iter()
+            .try_for_each(|vcpu| vcpu.check(xsave_size))
+    }
 }
 
-/// When each part of a VM was there.
-#[derive(Debug, Clone, Copy)]
+/// When each part of a VM was there. What was made ahead was there when it was
+/// asked for.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Timeline {
     /// The call was made.
-    pub asked: Instant,
+    pub asked: Moment,
     /// KVM has a VM.
-    pub vm_made: Instant,
+    pub vm_made: Moment,
     /// Memory is mapped, and KVM knows it.
-    pub memory_mapped: Instant,
-    /// vCPUs, interrupt controllers and devices have their state.
-    pub restored: Instant,
+    pub memory_mapped: Moment,
+    /// vCPUs and interrupt controllers have their state.
+    pub restored: Moment,
 }
 
-/// A virtual machine. Dropping it ends it, whatever it does, and leaves nothing.
+/// A virtual machine. Dropping it stops it at once, whatever it does; a thread of
+/// the [`Host`] closes it.
 pub struct Vm {
-    // Fields drop in this order: vCPUs first, so that no device is touched by a
-    // guest; then the event loop; the memory last.
-    vcpus: Vec<Vcpu>,
-    _io: IoThread,
-    devices: Devices,
-    kvm: KvmVm,
+    /// `None` only while it drops.
+    parts: Option<Parts>,
+    reaper: Arc<Reaper>,
+    pagemap: Arc<File>,
     console: Console,
     timeline: Timeline,
 }
@@ -99,144 +101,66 @@ pub struct Vm {
 impl std::fmt::Debug for Vm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Vm")
-            .field("vcpus", &self.vcpus.len())
-            .field("memory", &self.kvm.ram.ranges())
+            .field("timeline", &self.timeline)
             .finish_non_exhaustive()
     }
 }
 
-/// A vCPU's thread, seen from outside. Dropping it ends the thread.
-struct Vcpu {
-    id: u8,
-    /// `None` only while it drops.
-    orders: Option<Sender<Order>>,
-    thread: Option<JoinHandle<()>>,
-}
-
 impl Vm {
+    pub(crate) fn new(host: &Host, parts: Parts, console: Console, timeline: Timeline) -> Self {
+        Self {
+            parts: Some(parts),
+            reaper: Arc::clone(&host.reaper),
+            pagemap: Arc::clone(&host.pagemap),
+            console,
+            timeline,
+        }
+    }
+
     /// Makes a machine and starts it.
     ///
     /// # Errors
     /// A configuration that cannot be, a kernel that is none, or what KVM says.
-    pub fn boot(host: &Host, config: &VmConfig, events: EventSink) -> Result<Self, Error> {
+    pub fn boot(host: &Host, config: &VmConfig, events: &EventSink) -> Result<Self, Error> {
         check_config(config)?;
-        let asked = Instant::now();
-        let (kvm, fds, made) = KvmVm::new(host, config.vcpus, || Ram::shared(config.memory))?;
-        let entry = match &config.payload {
-            Payload::Linux {
-                kernel,
-                initramfs,
-                cmdline,
-            } => linux::load(
-                &kvm.ram,
-                config.vcpus,
-                VIRTIO_DEVICES,
-                kernel,
-                initramfs,
-                cmdline,
-            )?,
-            Payload::Micro(program) => {
-                micro::load(&kvm.ram, program)?;
-                micro::CODE
-            }
-        };
+        let asked = Moment::now();
+        let permit = host.permit()?;
+        let (kvm, made) = KvmVm::new(host, || Ram::shared(config.memory))?;
+        let fds = kvm.populate(config.vcpus)?;
+        let entry = load_payload(&kvm.ram, config)?;
         for (id, vcpu) in (0..).zip(&fds) {
             set_up_vcpu(host, vcpu, id, config, entry)?;
         }
-        let devices = DevicesState::default();
-        Self::start(
-            host,
-            kvm,
-            fds,
-            &devices,
-            Disks::default(),
-            events,
-            |restored| Timeline {
-                asked,
-                vm_made: made.vm,
-                memory_mapped: made.memory,
-                restored,
-            },
-        )
-    }
-
-    /// Makes a child: `image` mapped private, `state` restored, `patches`
-    /// (address, bytes) written into its memory, and started.
-    ///
-    /// # Errors
-    /// A state that is not usable here, or what KVM says. Nothing is left.
-    pub fn restore(
-        host: &Host,
-        image: &Image,
-        state: &VmState,
-        disks: Disks,
-        patches: &[(u64, &[u8])],
-        events: EventSink,
-    ) -> Result<Self, Error> {
-        let asked = Instant::now();
-        state.check()?;
-        let vcpus = state.vcpus.len() as u8;
-        let (kvm, fds, made) = KvmVm::new(host, vcpus, || Ram::private(image))?;
-        for (gpa, bytes) in patches {
-            kvm.ram.write(*gpa, bytes)?;
+        let console = Console::new();
+        let state = DevicesState::default();
+        let devices = Devices::restore(&state, &kvm.fd, kvm.ram.memory(), &console)?;
+        let vcpus = prepared::spawn(0..config.vcpus)?;
+        for (vcpu, fd) in vcpus.iter().zip(fds) {
+            let loaded = vcpu.take(Seat::new(host, &kvm, fd, None))?;
+            loaded.recv().map_err(|_| Error::Phase("gone"))??;
         }
-        restore_state(&kvm, &fds, state)?;
-        let vm = Self::start(host, kvm, fds, &state.devices, disks, events, |restored| {
-            Timeline {
-                asked,
-                vm_made: made.vm,
-                memory_mapped: made.memory,
-                restored,
-            }
-        })?;
-        vm.devices.kick();
+        let mut io = IoThread::spawn(host)?;
+        io.run(devices.subscribers())?;
+        let parts = Parts {
+            vcpus,
+            io,
+            devices,
+            kvm,
+            permit,
+        };
+        let timeline = Timeline {
+            asked,
+            vm_made: made.vm,
+            memory_mapped: made.memory,
+            restored: Moment::now(),
+        };
+        let vm = Self::new(host, parts, console, timeline);
+        prepared::go(vm.parts()?, events)?;
         Ok(vm)
     }
 
-    fn start(
-        host: &Host,
-        kvm: KvmVm,
-        fds: Vec<VcpuFd>,
-        state: &DevicesState,
-        disks: Disks,
-        events: EventSink,
-        timeline: impl FnOnce(Instant) -> Timeline,
-    ) -> Result<Self, Error> {
-        kick::install()?;
-        let console = Console::new();
-        let devices = Devices::restore(state, &kvm.fd, kvm.ram.memory(), &console, disks)?;
-        let timeline = timeline(Instant::now());
-        let bus = Arc::new(Bus::new(&devices));
-        let host_msrs: Arc<[u32]> = host.msrs.clone();
-        let vcpus = (0..)
-            .zip(fds)
-            .map(|(id, vcpu)| {
-                let (orders, receiver) = mpsc::channel();
-                Vcpu::spawn(
-                    orders,
-                    thread::Context {
-                        id,
-                        vcpu,
-                        bus: Arc::clone(&bus),
-                        orders: receiver,
-                        events: Arc::clone(&events),
-                        host_msrs: Arc::clone(&host_msrs),
-                        xsave_size: kvm.xsave_size,
-                        identity_told: false,
-                    },
-                )
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        // After the vCPUs: their first instructions need no device.
-        let io = IoThread::spawn(devices.subscribers())?;
-        Ok(Self {
-            vcpus,
-            _io: io,
-            devices,
-            kvm,
-            console,
-            timeline,
-        })
+    fn parts(&self) -> Result<&Parts, Error> {
+        self.parts.as_ref().ok_or(Error::Phase("gone"))
     }
 
     /// The last lines of the serial console.
@@ -255,7 +179,22 @@ impl Vm {
     /// # Errors
     /// Too many connections, or no descriptor.
     pub fn connect(&self, port: u32) -> std::io::Result<UnixStream> {
-        lock(&self.devices.vsock).device_mut().connect(port)
+        let parts = self.parts().map_err(std::io::Error::other)?;
+        lock(&parts.devices.vsock).device_mut().connect(port)
+    }
+
+    /// Where its memory lies in this process: (address, length), in bytes.
+    pub fn mappings(&self) -> Vec<(u64, u64)> {
+        let slots = self.parts.iter().flat_map(|parts| parts.kvm.ram.slots());
+        slots
+            .map(|(_, address, length)| (address, length))
+            .collect()
+    }
+
+    /// Where its memory lies in the guest.
+    pub fn ranges(&self) -> Vec<RamRange> {
+        let ram = self.parts.as_ref().map(|parts| parts.kvm.ram.ranges());
+        ram.map(<[_]>::to_vec).unwrap_or_default()
     }
 
     /// Stops all vCPUs at an instruction boundary, with no exit pending.
@@ -263,12 +202,12 @@ impl Vm {
     /// # Errors
     /// A vCPU that does not answer or cannot stop there.
     pub fn pause(&self) -> Result<(), Error> {
-        let asked = self
-            .vcpus
+        let vcpus = &self.parts()?.vcpus;
+        let asked = vcpus
             .iter()
             .map(|vcpu| vcpu.ask(Order::Pause))
             .collect::<Result<Vec<_>, _>>()?;
-        for (vcpu, answer) in self.vcpus.iter().zip(asked) {
+        for (vcpu, answer) in vcpus.iter().zip(asked) {
             vcpu.hear(&answer)??;
         }
         Ok(())
@@ -279,24 +218,33 @@ impl Vm {
     /// # Errors
     /// A vCPU that has ended.
     pub fn resume(&self) -> Result<(), Error> {
-        self.vcpus
+        self.parts()?
+            .vcpus
             .iter()
             .try_for_each(|vcpu| vcpu.send(Order::Resume))
+    }
+
+    /// Ends it, and waits until it is closed.
+    pub fn end(mut self) {
+        drop(self.parts.take());
     }
 
     /// Ends a paused VM; what is left of it is a template's two halves.
     ///
     /// # Errors
     /// A VM that is not paused, or what KVM says. The VM is gone in any case.
-    pub fn freeze(self) -> Result<(Image, VmState), Error> {
+    pub fn freeze(mut self) -> Result<(Image, VmState), Error> {
         let state = self.save()?;
-        let Self {
+        let Some(parts) = self.parts.take() else {
+            return Err(Error::Phase("gone"));
+        };
+        let Parts {
             vcpus,
-            _io: io,
+            io,
             devices,
             kvm,
-            ..
-        } = self;
+            permit,
+        } = parts;
         drop(vcpus);
         drop(io);
         // Devices hold the guest's memory: all of them have to go before it can
@@ -304,17 +252,19 @@ impl Vm {
         drop(devices);
         let KvmVm { fd, ram, .. } = kvm;
         drop(fd);
-        Ok((ram.into_image()?, state))
+        drop(permit);
+        Ok((ram.into_image(&self.pagemap)?, state))
     }
 
     fn save(&self) -> Result<VmState, Error> {
+        let parts = self.parts()?;
         // One TSC for all: each is read a little later than the one before, and
         // the last and highest is one that no vCPU has yet seen in its past.
         let mut tsc = None;
-        for vcpu in &self.vcpus {
+        for vcpu in &parts.vcpus {
             tsc = vcpu.hear(&vcpu.ask(Order::ReadTsc)?)??;
         }
-        let vcpus = self
+        let vcpus = parts
             .vcpus
             .iter()
             .map(|vcpu| {
@@ -324,22 +274,40 @@ impl Vm {
             .collect::<Result<_, _>>()?;
         Ok(VmState {
             vcpus,
-            vm: self.kvm.save()?,
-            devices: self.devices.save(),
+            vm: parts.kvm.save()?,
+            devices: parts.devices.save(),
         })
     }
 }
 
-/// Gives a fresh VM everything of `state` but its devices. A state from disk is
-/// checked here, before KVM reads its buffers.
-pub(crate) fn restore_state(kvm: &KvmVm, fds: &[VcpuFd], state: &VmState) -> Result<(), Error> {
-    for (vcpu, state) in fds.iter().zip(&state.vcpus) {
-        state.check(kvm.xsave_size)?;
-        // A KVM that cannot tell scales nothing: 0 Hz differs from nothing.
-        let host_khz = vcpu.get_tsc_khz().unwrap_or(state.tsc_khz);
-        state::restore(vcpu, state, host_khz)?;
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Some(parts) = self.parts.take() {
+            self.reaper.bury(parts);
+        }
     }
-    kvm.restore(&state.vm)
+}
+
+/// Loads what the VM is to run, and says where it begins.
+fn load_payload(ram: &Ram, config: &VmConfig) -> Result<u64, Error> {
+    match &config.payload {
+        Payload::Linux {
+            kernel,
+            initramfs,
+            cmdline,
+        } => linux::load(
+            ram,
+            config.vcpus,
+            VIRTIO_DEVICES,
+            kernel,
+            initramfs,
+            cmdline,
+        ),
+        Payload::Micro(program) => {
+            micro::load(ram, program)?;
+            Ok(micro::CODE)
+        }
+    }
 }
 
 fn check_config(config: &VmConfig) -> Result<(), ConfigError> {
@@ -385,63 +353,4 @@ fn set_up_vcpu(
         state::Calls::regs(vcpu, &boot::registers(entry))?;
     }
     Ok(())
-}
-
-impl Vcpu {
-    fn spawn(orders: Sender<Order>, context: thread::Context) -> Result<Self, Error> {
-        let id = context.id;
-        let thread = std::thread::Builder::new()
-            .name(format!("vcpu-{id}"))
-            .spawn(move || thread::main(context))
-            .map_err(Error::os("thread"))?;
-        Ok(Self {
-            id,
-            orders: Some(orders),
-            thread: Some(thread),
-        })
-    }
-
-    fn send(&self, order: Order) -> Result<(), Error> {
-        let sent = self.orders.as_ref().map(|orders| orders.send(order));
-        match sent {
-            Some(Ok(())) => Ok(()),
-            _ => Err(Error::Unresponsive(self.id)),
-        }
-    }
-
-    /// Gives an order that is answered, and gets the vCPU out of the guest.
-    fn ask<T>(&self, order: impl FnOnce(SyncSender<T>) -> Order) -> Result<Receiver<T>, Error> {
-        let (reply, answer) = mpsc::sync_channel(1);
-        self.send(order(reply))?;
-        self.kick();
-        Ok(answer)
-    }
-
-    fn hear<T>(&self, answer: &Receiver<T>) -> Result<T, Error> {
-        answer
-            .recv_timeout(KICK_TIMEOUT)
-            .map_err(|_| Error::Unresponsive(self.id))
-    }
-
-    fn kick(&self) {
-        if let Some(thread) = &self.thread
-            && !thread.is_finished()
-            && let Err(error) = thread.kill(kick::signal())
-        {
-            log::debug!("vCPU {} is gone: {error}", self.id);
-        }
-    }
-}
-
-impl Drop for Vcpu {
-    fn drop(&mut self) {
-        // No more orders: the thread ends when it next looks, which is now.
-        self.orders = None;
-        self.kick();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the thread of vCPU {} has panicked", self.id);
-        }
-    }
 }

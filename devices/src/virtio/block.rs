@@ -103,6 +103,9 @@ pub enum BlockError {
         /// Capacity of the disk in bytes.
         capacity: u64,
     },
+    /// The disk has a file already.
+    #[error("the disk has a file already")]
+    Bound,
     /// Another disk has the file: two guests never share one that either writes.
     #[error("the disk's file is in use by another virtual machine")]
     InUse,
@@ -128,28 +131,47 @@ pub struct Block {
 }
 
 impl Block {
-    /// A disk in `state`, with its bytes in `file`, if it is bound to one.
+    /// A disk in `state` that reads as zeroes, until a file is bound to it.
+    ///
+    /// # Errors
+    /// A state that no disk has.
+    pub fn restore(state: &BlockState) -> Result<Self, BlockError> {
+        if state.id.len() > ID_LEN {
+            return Err(BlockError::IdTooLong(state.id.clone()));
+        }
+        Self::capacity(state)?;
+        Ok(Self {
+            state: state.clone(),
+            backing: None,
+            warned: false,
+        })
+    }
+
+    /// Puts the disk's bytes into `file`. The guest notices nothing, so this is
+    /// for a guest that has not read the disk yet.
     ///
     /// The file is locked as long as the disk lives: exclusively if the disk is
     /// writable, else shared. The lock (`flock(2)`) belongs to the open file
     /// description: hand each disk one of its own, never a duplicate.
-    pub fn restore(state: &BlockState, file: Option<File>) -> Result<Self, BlockError> {
-        if state.id.len() > ID_LEN {
-            return Err(BlockError::IdTooLong(state.id.clone()));
+    ///
+    /// # Errors
+    /// A file that the disk cannot have, or that another disk has.
+    pub fn bind(&mut self, file: File) -> Result<(), BlockError> {
+        if self.backing.is_some() {
+            return Err(BlockError::Bound);
         }
-        let capacity = state
+        let capacity = Self::capacity(&self.state)?;
+        self.backing = Some(Backing::bind(file, capacity, self.state.read_only)?);
+        Ok(())
+    }
+
+    /// In bytes.
+    fn capacity(state: &BlockState) -> Result<u64, BlockError> {
+        state
             .capacity_sectors
             .checked_mul(SECTOR_SIZE)
             .filter(|&bytes| i64::try_from(bytes).is_ok())
-            .ok_or(BlockError::CapacityTooLarge(state.capacity_sectors))?;
-        let backing = file
-            .map(|file| Backing::bind(file, capacity, state.read_only))
-            .transpose()?;
-        Ok(Self {
-            state: state.clone(),
-            backing,
-            warned: false,
-        })
+            .ok_or(BlockError::CapacityTooLarge(state.capacity_sectors))
     }
 
     /// The file that holds the disk's bytes, if one is bound.

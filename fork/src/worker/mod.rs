@@ -6,6 +6,9 @@
 
 mod packet;
 mod process;
+mod protocol;
+mod remote;
+mod serve;
 mod spawner;
 
 pub use crate::jail::Limits;
@@ -14,4 +17,6 @@ pub use crate::jail::{Thread, confine};
 #[doc(hidden)]
 pub use process::main_with;
 pub use process::{find_program, main};
+pub(crate) use remote::Remote;
+pub(crate) use serve::write_state;
 pub use spawner::{Counts, Jail, Workers, WorkersSpec};

@@ -60,16 +60,36 @@ pub(crate) fn send(
     }
 }
 
-/// Waits for one message; `None` when the other side has ended the connection.
-pub(crate) fn receive<M: DeserializeOwned>(
+/// A message and what came with it; `None` when the other side has ended the
+/// connection.
+pub(crate) type Received<M> = Option<(M, Vec<OwnedFd>)>;
+
+/// Waits for one message.
+pub(crate) fn receive<M: DeserializeOwned>(socket: impl AsFd) -> io::Result<Received<M>> {
+    receive_with(socket, RecvFlags::empty())
+}
+
+/// One message if it has come; `None` if not.
+pub(crate) fn try_receive<M: DeserializeOwned>(
     socket: impl AsFd,
-) -> io::Result<Option<(M, Vec<OwnedFd>)>> {
+) -> io::Result<Option<Received<M>>> {
+    match receive_with(socket, RecvFlags::DONTWAIT) {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        done => done.map(Some),
+    }
+}
+
+fn receive_with<M: DeserializeOwned>(
+    socket: impl AsFd,
+    flags: RecvFlags,
+) -> io::Result<Received<M>> {
+    let flags = flags | RecvFlags::CMSG_CLOEXEC;
     let mut bytes = [0; PACKET_MAX];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let got = loop {
         let mut slices = [IoSliceMut::new(&mut bytes)];
-        match recvmsg(&socket, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
+        match recvmsg(&socket, &mut slices, &mut control, flags) {
             Err(Errno::INTR) => {}
             // A process that is killed with unread messages resets the connection.
             Err(Errno::CONNRESET) => return Ok(None),

@@ -1,8 +1,9 @@
 //! The worker program: what it is started as, and where it is found.
 
 use super::packet;
+use super::serve;
 use super::spawner::{self, Start};
-use crate::jail;
+use crate::jail::{self, Thread};
 use rustix::stdio::dup2_stdin;
 use rustix::thread::set_name;
 use rustix::time::{ClockId, clock_gettime};
@@ -13,7 +14,8 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use vmm::Host;
+use std::sync::Arc;
+use vmm::{Host, ThreadKind};
 
 /// The worker program's file name.
 const PROGRAM: &str = "vm-run-worker";
@@ -45,7 +47,7 @@ pub fn find_program() -> Option<PathBuf> {
 
 /// `main` of the worker program.
 pub fn main() -> ExitCode {
-    main_with(|socket, host| match serve(&socket, host) {
+    main_with(|socket, host| match serve_vm(socket, host) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             last_words(&error.to_string());
@@ -54,11 +56,21 @@ pub fn main() -> ExitCode {
     })
 }
 
-fn serve(socket: &OwnedFd, _host: Host) -> io::Result<()> {
-    jail::confine(jail::Thread::Main).map_err(io::Error::other)?;
-    packet::send(socket, &"ready", &[])?;
-    while let Some((_, _)) = packet::receive::<String>(socket)? {}
-    Ok(())
+/// Lists the system calls of each thread, and serves. The main thread's list comes
+/// first: all others inherit it.
+fn serve_vm(socket: OwnedFd, mut host: Host) -> io::Result<()> {
+    jail::confine(Thread::Main).map_err(io::Error::other)?;
+    host.on_thread_start(Arc::new(|kind| {
+        let thread = match kind {
+            ThreadKind::Vcpu => Thread::Vcpu,
+            ThreadKind::Io => Thread::Io,
+        };
+        if let Err(error) = jail::confine(thread) {
+            last_words(&error.to_string());
+            std::process::exit(1);
+        }
+    }));
+    serve::run(host, socket)
 }
 
 /// [`main`] with something else than VMs in the jail: for tests of the jail.

@@ -23,8 +23,10 @@ pub struct VcpuState {
     pub(crate) xcrs: kvm_xcrs,
     pub(crate) debugregs: kvm_debugregs,
     pub(crate) lapic: kvm_lapic_state,
-    /// TSC first, the deadline left out.
+    /// All but the next two.
     pub(crate) msrs: Msrs,
+    /// IA32_TSC: set when the guest is about to run, since it counts from there.
+    pub(crate) tsc: Option<Msrs>,
     /// IA32_TSC_DEADLINE, for its own last call.
     pub(crate) deadline: Option<Msrs>,
     pub(crate) events: kvm_vcpu_events,
@@ -48,16 +50,20 @@ pub(crate) trait Calls {
     fn kvmclock_ctrl(&self) -> Result<(), Error>;
 }
 
-/// Gives a fresh vCPU the state `s`. `host_khz` is the frequency that KVM chose
-/// for it.
-pub(crate) fn restore(vcpu: &impl Calls, s: &VcpuState, host_khz: u32) -> Result<(), Error> {
+/// Makes a fresh vCPU the one that `s` was saved of. `host_khz` is the frequency
+/// that KVM chose for it. Then comes [`load`].
+pub(crate) fn identify(vcpu: &impl Calls, s: &VcpuState, host_khz: u32) -> Result<(), Error> {
     // A TSC within 250 ppm is left alone, as KVM itself does
     // (arch/x86/kvm/x86.c, tsc_tolerance_ppm): scaling costs at every entry.
     if s.tsc_khz != 0 && s.tsc_khz.abs_diff(host_khz) > host_khz / 4000 {
         vcpu.tsc_khz(s.tsc_khz)?;
     }
     // Before MSRs: from Linux 6.13 on KVM refuses MSRs that CPUID does not show.
-    vcpu.cpuid(&s.cpuid)?;
+    vcpu.cpuid(&s.cpuid)
+}
+
+/// Gives the vCPU all of `s` that does not run with time. Then comes [`begin`].
+pub(crate) fn load(vcpu: &impl Calls, s: &VcpuState) -> Result<(), Error> {
     vcpu.mp_state(s.mp_state)?;
     // Clears pending exceptions, so events come later.
     vcpu.regs(&s.regs)?;
@@ -66,13 +72,20 @@ pub(crate) fn restore(vcpu: &impl Calls, s: &VcpuState, host_khz: u32) -> Result
     vcpu.xsave(&s.xsave)?;
     vcpu.xcrs(&s.xcrs)?;
     vcpu.debugregs(&s.debugregs)?;
-    // Before MSRs: the deadline timer needs a configured LAPIC.
+    // Before the deadline: the timer needs a configured LAPIC.
     vcpu.lapic(&s.lapic)?;
     vcpu.msrs(&s.msrs)?;
+    vcpu.events(&s.events)
+}
+
+/// What is left to do when the guest is about to run: its time goes on here.
+pub(crate) fn begin(vcpu: &impl Calls, s: &VcpuState) -> Result<(), Error> {
+    if let Some(tsc) = &s.tsc {
+        vcpu.msrs(tsc)?;
+    }
     if let Some(deadline) = &s.deadline {
         vcpu.msrs(deadline)?;
     }
-    vcpu.events(&s.events)?;
     vcpu.kvmclock_ctrl()
 }
 
@@ -167,7 +180,8 @@ pub(crate) fn save(
     if let (Some(tsc), Some(entry)) = (tsc, msrs.iter_mut().find(|m| m.index == msr::IA32_TSC)) {
         entry.data = tsc;
     }
-    let (first, deadline) = msr::restore_order(&msrs);
+    let sorted = msr::sort(&msrs);
+    let alone = |entry: Option<kvm_msr_entry>| entry.map(|e| msrs_of(&[e])).transpose();
     // Last: all the others may still change what is pending.
     let events = vcpu
         .get_vcpu_events()
@@ -182,8 +196,9 @@ pub(crate) fn save(
         xcrs,
         debugregs,
         lapic,
-        msrs: msrs_of(&first)?,
-        deadline: deadline.map(|d| msrs_of(&[d])).transpose()?,
+        msrs: msrs_of(&sorted.plain)?,
+        tsc: alone(sorted.tsc)?,
+        deadline: alone(sorted.deadline)?,
         events,
     })
 }
@@ -264,6 +279,12 @@ mod tests {
     use super::*;
     use std::cell::RefCell;
 
+    fn restore(vcpu: &impl Calls, s: &VcpuState, host_khz: u32) -> Result<(), Error> {
+        identify(vcpu, s, host_khz)?;
+        load(vcpu, s)?;
+        begin(vcpu, s)
+    }
+
     #[derive(Default)]
     struct Recorder {
         calls: RefCell<Vec<String>>,
@@ -336,7 +357,8 @@ mod tests {
             entry(msr::IA32_TSC_DEADLINE, 7),
             entry(msr::IA32_TSC, 5),
         ];
-        let (first, deadline) = msr::restore_order(&saved);
+        let sorted = msr::sort(&saved);
+        let alone = |entry: Option<kvm_msr_entry>| entry.map(|e| msrs_of(&[e]).expect("one"));
         VcpuState {
             cpuid: CpuId::new(1).expect("one entry"),
             tsc_khz: 2_000_000,
@@ -347,13 +369,14 @@ mod tests {
             xcrs: Default::default(),
             debugregs: Default::default(),
             lapic: Default::default(),
-            msrs: msrs_of(&first).expect("few"),
-            deadline: deadline.map(|d| msrs_of(&[d]).expect("one")),
+            msrs: msrs_of(&sorted.plain).expect("few"),
+            tsc: alone(sorted.tsc),
+            deadline: alone(sorted.deadline),
             events: Default::default(),
         }
     }
 
-    const ORDER: [&str; 12] = [
+    const ORDER: [&str; 13] = [
         "cpuid",
         "mp_state",
         "regs",
@@ -362,9 +385,10 @@ mod tests {
         "xcrs",
         "debugregs",
         "lapic",
-        "msrs 0x10 0x174",
-        "msrs 0x6e0",
+        "msrs 0x174",
         "events",
+        "msrs 0x10",
+        "msrs 0x6e0",
         "kvmclock_ctrl",
     ];
 

@@ -1,24 +1,40 @@
 //! The thread of one vCPU: one match on exits, and orders from the controller.
 //!
 //! ```text
+//!   Waiting --Take--> Loaded --Go--> Running
 //!   Running --Pause--> Paused --Resume--> Running
 //!   Running --fork point, answer--> Paused      (by itself, event sent)
-//!   any     --Stop, or the controller is gone--> ended
+//!   any     --the controller is gone--> ended
 //!   Running --power-off, reset, failure--> ended (event sent)
 //! ```
 
+use super::gate::Arrival;
 use super::kick::Kickable;
 use super::state::{self, VcpuState};
 use crate::error::Error;
+use crate::host::{Host, ThreadKind, ThreadStart};
+use crate::kvm::{Chips, KvmVm};
 use crate::machine::{Bus, Event, EventSink};
+use crate::moment::Moment;
+use crate::vm::VmState;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
-use std::time::Instant;
+use std::time::Duration;
 use vm_run_abi::doorbell::Ring;
 
 /// From the controller. Each is answered on the channel that it brings.
 pub(crate) enum Order {
+    /// Do something else, before there is a vCPU.
+    Help(Box<dyn FnOnce() + Send>),
+    /// Have this vCPU, and load it. Comes before the rest.
+    Take {
+        seat: Box<Seat>,
+        /// To be told when it was loaded.
+        loaded: SyncSender<Result<Moment, Error>>,
+    },
+    /// Run. Comes next.
+    Go(Box<Go>),
     /// Stop at the next instruction boundary, with no exit pending.
     Pause(SyncSender<Result<(), Error>>),
     /// Read the TSC (paused only).
@@ -32,17 +48,43 @@ pub(crate) enum Order {
     Resume,
 }
 
-/// What a vCPU thread is given.
-pub(crate) struct Context {
-    pub(crate) id: u8,
-    pub(crate) vcpu: VcpuFd,
+/// A vCPU, and what belongs to it alone.
+pub(crate) struct Seat {
+    vcpu: VcpuFd,
+    /// Called when the vCPU is about to run.
+    confine: ThreadStart,
+    /// What it is restored from; `None` when it is set up already.
+    restore: Option<Restore>,
+    host_msrs: Arc<[u32]>,
+    xsave_size: usize,
+}
+
+/// What a vCPU is restored from, as a part of its VM.
+pub(crate) struct Restore {
+    pub(crate) state: Arc<VmState>,
+    /// Shared by all vCPUs: restored by whoever is loaded last.
+    pub(crate) chips: Arc<Chips>,
+}
+
+/// What a vCPU needs to run.
+pub(crate) struct Go {
     pub(crate) bus: Arc<Bus>,
-    pub(crate) orders: Receiver<Order>,
     pub(crate) events: EventSink,
-    pub(crate) host_msrs: Arc<[u32]>,
-    pub(crate) xsave_size: usize,
+    pub(crate) arrival: Arrival,
+}
+
+struct Context<'a> {
+    id: u8,
+    vcpu: VcpuFd,
+    bus: Arc<Bus>,
+    orders: &'a Receiver<Order>,
+    events: EventSink,
+    host_msrs: Arc<[u32]>,
+    xsave_size: usize,
+    /// When it first entered the guest.
+    entered: Moment,
     /// A guest says this once; a hostile one must not fill the channel.
-    pub(crate) identity_told: bool,
+    identity_told: bool,
 }
 
 enum Next {
@@ -51,19 +93,127 @@ enum Next {
     End,
 }
 
-/// Runs the vCPU until it ends or the controller drops its orders.
-pub(crate) fn main(mut context: Context) {
+/// Runs the vCPU that the controller gives.
+pub(crate) fn main(id: u8, orders: &Receiver<Order>) {
+    let mut order = orders.recv().ok();
+    while let Some(Order::Help(work)) = order {
+        work();
+        order = poll(orders);
+    }
+    let Some(Order::Take { seat, loaded }) = order else {
+        return;
+    };
+    let result = seat.load(id).map(|()| Moment::now());
+    let failed = result.is_err();
+    // Nobody asks about a vCPU that needed no loading.
+    loaded.send(result).ok();
+    if failed {
+        return;
+    }
+    let Some(Order::Go(go)) = poll(orders) else {
+        return;
+    };
+    (seat.confine)(ThreadKind::Vcpu);
+    match seat.begin(id) {
+        Ok(()) => run(id, *seat, *go, orders),
+        // The gate breaks with `go`, and no other vCPU runs.
+        Err(error) => (go.events)(Event::Failed(error.to_string())),
+    }
+}
+
+/// How long a thread that was called to help looks for its next order before it
+/// sleeps: about as long as KVM takes to make a VM. To sleep and be woken takes a
+/// good part of that, on hosts whose idle CPUs sleep too (KVM polls for the same
+/// reason: Linux Documentation/virt/kvm/halt-polling.rst).
+const POLL: Duration = Duration::from_micros(0);
+
+fn poll(orders: &Receiver<Order>) -> Option<Order> {
+    let begin = Moment::now();
+    loop {
+        match orders.try_recv() {
+            Ok(order) => return Some(order),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) if Moment::now().since(begin) >= POLL => {
+                return orders.recv().ok();
+            }
+            // Somebody else may have the CPU.
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+        }
+    }
+}
+
+fn run(id: u8, seat: Seat, go: Go, orders: &Receiver<Order>) {
+    let mut context = Context {
+        id,
+        vcpu: seat.vcpu,
+        bus: go.bus,
+        orders,
+        events: go.events,
+        host_msrs: seat.host_msrs,
+        xsave_size: seat.xsave_size,
+        entered: Moment::now(),
+        identity_told: false,
+    };
+    drop(seat.restore);
     let kickable = Kickable::new(&mut context.vcpu);
-    let ended = context.run();
+    // If the gate is broken another vCPU has failed, and tells.
+    let ended = if go.arrival.pass() {
+        context.run()
+    } else {
+        Ok(())
+    };
     drop(kickable);
     if let Err(error) = ended {
         context.tell(Event::Failed(error.to_string()));
     }
 }
 
-impl Context {
+impl Seat {
+    pub(crate) fn new(host: &Host, kvm: &KvmVm, vcpu: VcpuFd, restore: Option<Restore>) -> Self {
+        Self {
+            vcpu,
+            confine: host.thread_start(),
+            restore,
+            host_msrs: Arc::clone(&host.msrs),
+            xsave_size: kvm.xsave_size,
+        }
+    }
+
+    fn load(&self, id: u8) -> Result<(), Error> {
+        match &self.restore {
+            Some(restore) => restore.load(id, &self.vcpu),
+            None => Ok(()),
+        }
+    }
+
+    fn begin(&self, id: u8) -> Result<(), Error> {
+        match &self.restore {
+            Some(restore) => state::begin(&self.vcpu, restore.of(id)?),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Restore {
+    /// Gives a vCPU all of its state that does not run with time.
+    pub(crate) fn load(&self, id: u8, vcpu: &VcpuFd) -> Result<(), Error> {
+        let state = self.of(id)?;
+        // A KVM that cannot tell scales nothing: 0 Hz differs from nothing.
+        let host_khz = vcpu.get_tsc_khz().unwrap_or(state.tsc_khz);
+        state::identify(vcpu, state, host_khz)?;
+        state::load(vcpu, state)?;
+        self.chips.vcpu_loaded(&self.state.vm)
+    }
+
+    pub(crate) fn of(&self, id: u8) -> Result<&VcpuState, Error> {
+        let state = self.state.vcpus.get(usize::from(id));
+        state.ok_or_else(|| Error::State(format!("no vCPU {id}")))
+    }
+}
+
+impl Context<'_> {
     fn run(&mut self) -> Result<(), Error> {
-        self.tell(Event::Entered(Instant::now()));
+        self.entered = Moment::now();
         loop {
             match self.orders.try_recv() {
                 Ok(order) => {
@@ -98,6 +248,7 @@ impl Context {
             Order::Resume => true,
             Order::ReadTsc(reply) => reply.send(Err(Error::Phase("running"))).is_ok(),
             Order::Save { reply, .. } => reply.send(Err(Error::Phase("running"))).is_ok(),
+            Order::Help(_) | Order::Take { .. } | Order::Go(_) => false,
         }
     }
 
@@ -112,7 +263,7 @@ impl Context {
                     let state = state::save(&self.vcpu, &self.host_msrs, tsc, self.xsave_size);
                     reply.send(state.map(Box::new)).is_ok()
                 }
-                Err(_) => return false,
+                Ok(Order::Help(_) | Order::Take { .. } | Order::Go(_)) | Err(_) => return false,
             };
             if !heard {
                 return false;
@@ -172,14 +323,21 @@ impl Context {
     }
 
     fn rung(&mut self, ring: Ring) -> Next {
-        let now = Instant::now();
+        let now = Moment::now();
         match ring {
             Ring::ForkPoint { version } => self.tell(Event::ForkPoint { version, at: now }),
-            Ring::Answer(value) => self.tell(Event::Answer { value, at: now }),
+            Ring::Answer(value) => self.tell(Event::Answer {
+                value,
+                entered: self.entered,
+                at: now,
+            }),
             Ring::IdentityApplied { generation } => {
                 if !std::mem::replace(&mut self.identity_told, true) {
-                    let at = now;
-                    self.tell(Event::IdentityApplied { generation, at });
+                    self.tell(Event::IdentityApplied {
+                        generation,
+                        entered: self.entered,
+                        at: now,
+                    });
                 }
                 return Next::Run;
             }

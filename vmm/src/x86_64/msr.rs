@@ -26,28 +26,36 @@ pub(crate) fn candidates(listed: &[u32]) -> Vec<u32> {
     all
 }
 
-/// The order in which KVM wants them back: TSC before what depends on it, the
-/// deadline in a call of its own after everything else. A deadline of zero is a
-/// timer that has fired, or will at once: if its interrupt was not yet taken it
-/// is lost with the parent's LAPIC timer, so the child's is set to a moment that
-/// has passed and fires again (firecracker#4099: guests stuck in sleep).
-pub(crate) fn restore_order(
-    saved: &[kvm_msr_entry],
-) -> (Vec<kvm_msr_entry>, Option<kvm_msr_entry>) {
-    let tsc = saved.iter().find(|m| m.index == IA32_TSC).copied();
-    let mut first: Vec<kvm_msr_entry> = tsc.into_iter().collect();
-    first.extend(
-        saved
-            .iter()
-            .filter(|m| m.index != IA32_TSC && m.index != IA32_TSC_DEADLINE),
-    );
-    let mut deadline = saved.iter().find(|m| m.index == IA32_TSC_DEADLINE).copied();
+/// MSRs by when they go back.
+#[derive(Debug, Default)]
+pub(crate) struct Sorted {
+    /// Whenever.
+    pub(crate) plain: Vec<kvm_msr_entry>,
+    /// IA32_TSC: when the guest is about to run.
+    pub(crate) tsc: Option<kvm_msr_entry>,
+    /// IA32_TSC_DEADLINE: in a call of its own, after everything else.
+    pub(crate) deadline: Option<kvm_msr_entry>,
+}
+
+/// A deadline of zero is a timer that has fired, or will at once: if its interrupt
+/// was not yet taken it is lost with the parent's LAPIC timer, so the child's is
+/// set to a moment that has passed and fires again (firecracker#4099: guests stuck
+/// in sleep).
+pub(crate) fn sort(saved: &[kvm_msr_entry]) -> Sorted {
+    let find = |index| saved.iter().find(|m| m.index == index).copied();
+    let tsc = find(IA32_TSC);
+    let mut deadline = find(IA32_TSC_DEADLINE);
     if let (Some(deadline), Some(tsc)) = (deadline.as_mut(), tsc)
         && deadline.data == 0
     {
         deadline.data = tsc.data;
     }
-    (first, deadline)
+    let plain = |m: &&kvm_msr_entry| m.index != IA32_TSC && m.index != IA32_TSC_DEADLINE;
+    Sorted {
+        plain: saved.iter().filter(plain).copied().collect(),
+        tsc,
+        deadline,
+    }
 }
 
 /// What a fresh vCPU is given besides KVM's own reset values: fast strings, and
@@ -73,18 +81,18 @@ mod tests {
     }
 
     #[test]
-    fn tsc_goes_first_and_the_deadline_alone_and_last() {
+    fn tsc_and_deadline_go_alone() {
         let saved = [msr(0x174, 1), msr(IA32_TSC_DEADLINE, 77), msr(IA32_TSC, 50)];
-        let (first, deadline) = restore_order(&saved);
-        let order: Vec<u32> = first.iter().map(|m| m.index).collect();
-        assert_eq!(order, [IA32_TSC, 0x174]);
-        assert_eq!(deadline.map(|m| m.data), Some(77));
+        let sorted = sort(&saved);
+        assert_eq!(sorted.plain, [msr(0x174, 1)]);
+        assert_eq!(sorted.tsc.map(|m| m.data), Some(50));
+        assert_eq!(sorted.deadline.map(|m| m.data), Some(77));
     }
 
     #[test]
     fn a_timer_that_has_fired_fires_again() {
         let saved = [msr(IA32_TSC_DEADLINE, 0), msr(IA32_TSC, 50)];
-        assert_eq!(restore_order(&saved).1.map(|m| m.data), Some(50));
+        assert_eq!(sort(&saved).deadline.map(|m| m.data), Some(50));
     }
 
     #[test]

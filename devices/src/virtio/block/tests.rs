@@ -38,8 +38,18 @@ fn contents(path: &Path) -> Vec<u8> {
     bytes
 }
 
+fn bound(state: &BlockState, file: File) -> Result<Block, BlockError> {
+    let mut disk = Block::restore(state)?;
+    disk.bind(file)?;
+    Ok(disk)
+}
+
 fn boot(read_only: bool, file: Option<File>) -> FakeGuest<Block> {
-    FakeGuest::boot(Block::restore(&state(read_only), file).unwrap())
+    let mut disk = Block::restore(&state(read_only)).unwrap();
+    if let Some(file) = file {
+        disk.bind(file).unwrap();
+    }
+    FakeGuest::boot(disk)
 }
 
 fn header(kind: u32, sector: u64) -> Buffer {
@@ -90,7 +100,7 @@ fn conforms() {
     for read_only in [false, true] {
         conformance(
             &state(read_only),
-            |state| Block::restore(state, None).unwrap(),
+            |state| Block::restore(state).unwrap(),
             |guest| {
                 assert_eq!(read(guest, 8, 1024), (S_OK, vec![0; 1024]));
                 assert_eq!(command(guest, T_FLUSH, vec![]), S_OK);
@@ -116,7 +126,7 @@ fn a_file_bound_at_the_fork_appears_on_the_disk_the_guest_knows() {
     let frozen = template.freeze();
 
     let image = file(3000);
-    let device = Block::restore(&frozen.device, Some(open(image.path()))).unwrap();
+    let device = bound(&frozen.device, open(image.path())).unwrap();
     let mut child = FakeGuest::thaw(device, &frozen);
     let (status, data) = read(&mut child, 0, 4096);
     assert_eq!(status, S_OK);
@@ -244,7 +254,7 @@ fn clearing_is_bounded_and_checked_before_anything_is_done() {
 #[test]
 fn two_guests_never_share_a_writable_disk() {
     let disk = file(4096);
-    let bind = |read_only| Block::restore(&state(read_only), Some(open(disk.path())));
+    let bind = |read_only| bound(&state(read_only), open(disk.path()));
     let writer = bind(false).unwrap();
     assert!(matches!(bind(false), Err(BlockError::InUse)));
     assert!(matches!(bind(true), Err(BlockError::InUse)));
@@ -252,7 +262,11 @@ fn two_guests_never_share_a_writable_disk() {
     let readers = (bind(true).unwrap(), bind(true).unwrap());
     assert!(matches!(bind(false), Err(BlockError::InUse)));
     drop(readers);
-    assert!(bind(false).is_ok());
+    let mut writer = bind(false).unwrap();
+    assert!(matches!(
+        writer.bind(open(disk.path())),
+        Err(BlockError::Bound)
+    ));
 }
 
 #[test]
@@ -263,7 +277,7 @@ fn files_that_do_not_fit_are_refused() {
         ..state(false)
     };
     assert!(matches!(
-        Block::restore(&small, Some(open(disk.path()))),
+        bound(&small, open(disk.path())),
         Err(BlockError::FileTooLarge {
             file: 4096,
             capacity: 3584
@@ -271,16 +285,16 @@ fn files_that_do_not_fit_are_refused() {
     ));
     let read_only = || File::open(disk.path()).unwrap();
     assert!(matches!(
-        Block::restore(&state(false), Some(read_only())),
+        bound(&state(false), read_only()),
         Err(BlockError::Access)
     ));
-    assert!(Block::restore(&state(true), Some(read_only())).is_ok());
+    assert!(bound(&state(true), read_only()).is_ok());
     assert!(matches!(
-        Block::restore(&state(true), Some(File::open("/").unwrap())),
+        bound(&state(true), File::open("/").unwrap()),
         Err(BlockError::NotAFile)
     ));
     assert!(matches!(
-        Block::restore(&state(true), Some(File::open("/dev/zero").unwrap())),
+        bound(&state(true), File::open("/dev/zero").unwrap()),
         Err(BlockError::NotAFile)
     ));
 }
@@ -292,7 +306,7 @@ fn states_that_cannot_be_are_refused() {
         ..state(false)
     };
     assert!(matches!(
-        Block::restore(&too_large, None),
+        Block::restore(&too_large),
         Err(BlockError::CapacityTooLarge(_))
     ));
     let long_id = BlockState {
@@ -300,7 +314,7 @@ fn states_that_cannot_be_are_refused() {
         ..state(false)
     };
     assert!(matches!(
-        Block::restore(&long_id, None),
+        Block::restore(&long_id),
         Err(BlockError::IdTooLong(_))
     ));
 }

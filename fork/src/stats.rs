@@ -1,0 +1,164 @@
+//! What a child costs its host in memory.
+
+use crate::error::Error;
+use rustix::process::Pid;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+
+/// Memory of a child in user space, in KiB. KVM's own memory for a VM belongs to
+/// no process; `vm-run bench` measures it over many.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ChildStats {
+    /// Guest memory that only this child has: what it wrote.
+    pub guest_private: u64,
+    /// Guest memory that it has mapped: its own, and what it read of the base.
+    pub guest_mapped: u64,
+    /// All memory that only this child has: with a worker of its own, the
+    /// process's too; else as `guest_private`.
+    pub private: u64,
+    /// The proportional set size: shared pages divided by those who share them.
+    /// Of the whole process, or of guest memory alone, as `private`.
+    pub pss: u64,
+    /// Page tables of its process; zero for a child that has none of its own.
+    pub page_tables: u64,
+}
+
+/// Of a child in this process, by where its memory lies: (address, length).
+pub(crate) fn of_mappings(mappings: &[(u64, u64)]) -> Result<ChildStats, Error> {
+    let path = "/proc/self/smaps";
+    let mut stats = ChildStats::default();
+    each_mapping(path, |mapping| {
+        let ours = |(start, len): &(u64, u64)| (*start..start + len).contains(&mapping.start);
+        if mappings.iter().any(ours) {
+            stats.guest_private += mapping.own;
+            stats.guest_mapped += mapping.rss;
+            stats.private += mapping.own;
+            stats.pss += mapping.pss;
+        }
+    })?;
+    Ok(stats)
+}
+
+/// Of a child in the worker `pid`.
+pub(crate) fn of_process(pid: Pid) -> Result<ChildStats, Error> {
+    let pid = pid.as_raw_nonzero();
+    let mut stats = ChildStats::default();
+    each_mapping(&format!("/proc/{pid}/smaps"), |mapping| {
+        if mapping.is_guest {
+            stats.guest_private += mapping.own;
+            stats.guest_mapped += mapping.rss;
+            stats.private += mapping.own;
+        } else {
+            stats.private += mapping.private;
+        }
+        stats.pss += mapping.pss;
+    })?;
+    each_line(&format!("/proc/{pid}/status"), |line| {
+        if let Some(kib) = field(line, "VmPTE:") {
+            stats.page_tables = kib;
+        }
+    })?;
+    Ok(stats)
+}
+
+#[derive(Debug, Default)]
+struct Mapping {
+    start: u64,
+    is_guest: bool,
+    rss: u64,
+    pss: u64,
+    /// Dirty, and mapped by nobody else: of a memfd's pages also those of the
+    /// file, if only one process has mapped them.
+    private: u64,
+    /// Copied by a write, or swapped out after that.
+    own: u64,
+}
+
+/// Reads smaps (proc_pid_smaps(5)): a line of addresses for each mapping, and
+/// lines of counts.
+fn each_mapping(path: &str, mut take: impl FnMut(&Mapping)) -> Result<(), Error> {
+    let mut now = Mapping::default();
+    each_line(path, |line| {
+        let name_of_count = line.split_whitespace().next().unwrap_or_default();
+        if !name_of_count.ends_with(':') {
+            take(&now);
+            now = begin(line);
+        } else if let Some(kib) = field(line, "Rss:") {
+            now.rss = kib;
+        } else if let Some(kib) = field(line, "Pss:") {
+            now.pss = kib;
+        } else if let Some(kib) = field(line, "Private_Dirty:") {
+            now.private += kib;
+        } else if let Some(kib) = field(line, "Anonymous:") {
+            now.own += kib;
+        } else if let Some(kib) = field(line, "Swap:") {
+            now.private += kib;
+            now.own += kib;
+        }
+    })?;
+    take(&now);
+    Ok(())
+}
+
+/// A mapping of a file that is private and writable, and larger than any
+/// library's data: guest memory, of which there is none smaller.
+fn begin(line: &str) -> Mapping {
+    let mut words = line.split_whitespace();
+    let (start, end) = words
+        .next()
+        .and_then(|range| range.split_once('-'))
+        .unwrap_or_default();
+    let number = |text| u64::from_str_radix(text, 16).unwrap_or_default();
+    let (start, end) = (number(start), number(end));
+    let private = words.next() == Some("rw-p");
+    let is_file = words.nth(2).is_some_and(|inode| inode != "0");
+    Mapping {
+        start,
+        is_guest: private && is_file && end.saturating_sub(start) >= vmm::MEMORY_MIN,
+        ..Mapping::default()
+    }
+}
+
+/// The count of this name, in KiB.
+fn field(line: &str, name: &str) -> Option<u64> {
+    let rest = line.strip_prefix(name)?;
+    rest.trim().strip_suffix("kB")?.trim().parse().ok()
+}
+
+fn each_line(path: &str, mut take: impl FnMut(&str)) -> Result<(), Error> {
+    let file = File::open(path).map_err(Error::io(path, "open"))?;
+    for line in BufReader::new(file).lines() {
+        take(&line.map_err(Error::io(path, "read"))?);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::process::getpid;
+
+    #[test]
+    fn a_process_and_its_parts_add_up() {
+        let all = of_process(getpid()).expect("of itself");
+        assert!(all.private > 0 && all.pss >= all.private && all.page_tables > 0);
+        assert_eq!(of_mappings(&[]).expect("of nothing"), ChildStats::default());
+        let most = of_mappings(&[(0, u64::MAX)]).expect("of everything");
+        assert!(most.private > 0);
+    }
+
+    #[test]
+    fn lines_are_read_as_the_kernel_writes_them() {
+        let guest = begin(
+            "7f0000000000-7f0010000000 rw-p 00000000 00:01 2051  /memfd:vm-run-guest (deleted)",
+        );
+        assert!(guest.is_guest && guest.start == 0x7f00_0000_0000);
+        assert!(!begin("7f0000000000-7f0010000000 rw-p 00000000 00:00 0").is_guest);
+        assert!(!begin("7f0000000000-7f0010000000 r--p 00000000 00:01 2051 /x").is_guest);
+        assert!(!begin("7f0000000000-7f0000010000 rw-p 00000000 08:01 77 /lib/x").is_guest);
+        assert_eq!(
+            field("Private_Dirty:        40 kB", "Private_Dirty:"),
+            Some(40)
+        );
+    }
+}

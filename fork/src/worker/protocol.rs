@@ -1,0 +1,61 @@
+//! What an owner and its worker say to each other: packets on one socket.
+//!
+//! ```text
+//!   owner                        worker
+//!   Prepare  base, state   -->   makes a VM, waits
+//!                          <--   Prepared
+//!   Start    disks         -->   identity, clocks, run
+//!                          <--   Started
+//!                          <--   News ...
+//!   Connect                -->
+//!                          <--   Connected  stream
+//! ```
+//! The owner's end of file is the worker's end. A worker is trusted by its owner
+//! no more than the guest inside it: its packets are bounded, and what it sends
+//! is checked as what comes from a file.
+
+use crate::machine::News;
+use serde::{Deserialize, Serialize};
+use vmm::{Moment, Timeline};
+
+/// From the owner.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum ToWorker {
+    /// Make a VM. With it: the base, and the state in postcard.
+    Prepare {
+        /// Guest memory, in bytes.
+        memory: u64,
+    },
+    /// Make it a child, and run it. With it: the files of the disks that it has.
+    Start {
+        asked: Moment,
+        /// What the identity page is to hold.
+        identity: Vec<u8>,
+        has_root: bool,
+        has_writable: bool,
+    },
+    /// Connect to a port of the guest.
+    Connect { port: u32 },
+    /// Tell the guest's last words.
+    LastWords,
+    /// Freeze the guest, which is at its fork point.
+    Freeze,
+}
+
+/// From the worker. Each request has one answer; news come in between.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum FromWorker {
+    Prepared,
+    Started(Timeline),
+    /// With it: the stream.
+    Connected,
+    LastWords(Vec<String>),
+    /// With it: the memory, and the state in postcard.
+    Frozen {
+        /// Guest memory, in bytes.
+        memory: u64,
+    },
+    /// The request could not be fulfilled: one line.
+    Failed(String),
+    News(News),
+}

@@ -1,0 +1,215 @@
+//! A worker, seen by its owner.
+
+use super::packet;
+use super::protocol::{FromWorker, ToWorker};
+use super::serve::read_state;
+use super::spawner::Workers;
+use crate::error::Error;
+use crate::machine::News;
+use crate::template::{Request, Template};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::net::{Shutdown, shutdown};
+use rustix::process::Pid;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use vmm::{Image, Moment, Timeline, VmState};
+
+/// A worker process. Dropping it ends the worker.
+#[derive(Debug)]
+pub(crate) struct Remote {
+    socket: OwnedFd,
+    /// The spawner ends with its owner, and all workers with it.
+    _workers: Arc<Workers>,
+    pid: Pid,
+    /// What came while an answer was waited for.
+    news: VecDeque<News>,
+    timeline: Option<Timeline>,
+    is_gone: bool,
+}
+
+impl Remote {
+    /// Starts a worker.
+    pub(crate) fn spawn(workers: &Arc<Workers>) -> Result<Self, Error> {
+        let (socket, pid) = workers.spawn()?;
+        Ok(Self {
+            socket,
+            _workers: Arc::clone(workers),
+            pid,
+            news: VecDeque::new(),
+            timeline: None,
+            is_gone: false,
+        })
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Asks it to make a VM of the template.
+    pub(crate) fn prepare(&self, template: &Template) -> Result<(), Error> {
+        let (image, state) = (template.image(), template.state_file()?);
+        let memory = image.bytes();
+        self.ask(
+            &ToWorker::Prepare { memory },
+            &[image.file().as_fd(), state.as_fd()],
+        )
+    }
+
+    /// Waits until it has.
+    pub(crate) fn prepared(&mut self) -> Result<(), Error> {
+        match self.answer()? {
+            (FromWorker::Prepared, _) => Ok(()),
+            (other, _) => Err(odd(&other)),
+        }
+    }
+
+    /// Asks it to run the child.
+    pub(crate) fn start(&self, request: &Request) -> Result<(), Error> {
+        let disks = &request.disks;
+        let descriptors: Vec<BorrowedFd<'_>> = [&disks.root, &disks.writable]
+            .into_iter()
+            .flatten()
+            .map(AsFd::as_fd)
+            .collect();
+        let message = ToWorker::Start {
+            asked: request.asked,
+            identity: request.identity.to_bytes().to_vec(),
+            has_root: disks.root.is_some(),
+            has_writable: disks.writable.is_some(),
+        };
+        self.ask(&message, &descriptors)
+    }
+
+    /// Waits until it does.
+    pub(crate) fn started(&mut self) -> Result<(), Error> {
+        match self.answer()? {
+            (FromWorker::Started(timeline), _) => {
+                self.timeline = Some(timeline);
+                Ok(())
+            }
+            (other, _) => Err(odd(&other)),
+        }
+    }
+
+    pub(crate) fn timeline(&self) -> Timeline {
+        let now = Moment::now();
+        self.timeline.unwrap_or(Timeline {
+            asked: now,
+            vm_made: now,
+            memory_mapped: now,
+            restored: now,
+        })
+    }
+
+    pub(crate) fn connect(&mut self, port: u32) -> Result<UnixStream, Error> {
+        self.ask(&ToWorker::Connect { port }, &[])?;
+        match self.answer()? {
+            (FromWorker::Connected, with) => with
+                .into_iter()
+                .next()
+                .map(UnixStream::from)
+                .ok_or_else(|| odd(&FromWorker::Connected)),
+            (other, _) => Err(odd(&other)),
+        }
+    }
+
+    pub(crate) fn last_words(&mut self) -> Result<Vec<String>, Error> {
+        self.ask(&ToWorker::LastWords, &[])?;
+        match self.answer()? {
+            (FromWorker::LastWords(lines), _) => Ok(lines),
+            (other, _) => Err(odd(&other)),
+        }
+    }
+
+    pub(crate) fn freeze(mut self) -> Result<(Image, VmState), Error> {
+        self.ask(&ToWorker::Freeze, &[])?;
+        let (memory, with) = match self.answer()? {
+            (FromWorker::Frozen { memory }, with) => (memory, with),
+            (other, _) => return Err(odd(&other)),
+        };
+        let mut with = with.into_iter().map(File::from);
+        let (Some(image), Some(state)) = (with.next(), with.next()) else {
+            return Err(odd(&FromWorker::Frozen { memory }));
+        };
+        let image = Image::sealed(image, memory)?;
+        let state = read_state(state).map_err(|e| Error::WorkerGone(e.to_string()))?;
+        state.check()?;
+        Ok((image, state))
+    }
+
+    /// What it has told by itself. It never waits.
+    pub(crate) fn news(&mut self) -> Option<News> {
+        if let Some(news) = self.news.pop_front() {
+            return Some(news);
+        }
+        if self.is_gone {
+            return None;
+        }
+        match packet::try_receive(&self.socket) {
+            Ok(Some(Some((FromWorker::News(news), _)))) => Some(news),
+            Ok(Some(None)) => self.gone("it was killed, or has crashed"),
+            Ok(Some(Some(_))) => self.gone("it answers what nobody asked"),
+            Ok(None) => None,
+            Err(error) => self.gone(&error.to_string()),
+        }
+    }
+
+    fn gone(&mut self, why: &str) -> Option<News> {
+        self.is_gone = true;
+        Some(News::Dead(format!("its worker process has gone: {why}")))
+    }
+
+    /// Whether the process is still there.
+    pub(crate) fn is_alive(&self) -> bool {
+        let mut ends = [PollFd::new(&self.socket, PollFlags::empty())];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        matches!(poll(&mut ends, Some(&now)), Ok(0))
+    }
+
+    /// Ends it, and waits until it has.
+    pub(crate) fn end(self) {
+        if let Err(error) = shutdown(&self.socket, Shutdown::Write) {
+            log::debug!("a worker was gone already: {error}");
+        }
+        let mut ends = [PollFd::new(&self.socket, PollFlags::empty())];
+        while poll(&mut ends, None) == Err(Errno::INTR) {}
+    }
+
+    fn ask(&self, request: &ToWorker, with: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        packet::send(&self.socket, request, with).map_err(|e| Error::WorkerGone(e.to_string()))
+    }
+
+    /// The answer to a request; news are kept.
+    fn answer(&mut self) -> Result<(FromWorker, Vec<OwnedFd>), Error> {
+        loop {
+            let received = packet::receive(&self.socket);
+            match received.map_err(|e: io::Error| Error::WorkerGone(e.to_string()))? {
+                None => {
+                    self.is_gone = true;
+                    return Err(Error::WorkerGone("it was killed, or has crashed".into()));
+                }
+                Some((FromWorker::News(news), _)) => self.news.push_back(news),
+                Some((FromWorker::Failed(why), _)) => return Err(Error::Worker(why)),
+                Some(answer) => return Ok(answer),
+            }
+        }
+    }
+}
+
+impl AsFd for Remote {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn odd(answer: &FromWorker) -> Error {
+    Error::WorkerGone(format!("it answers out of turn: {answer:?}"))
+}

@@ -1,0 +1,175 @@
+//! What a worker does: it makes one VM ready, makes it a child, runs it, ends.
+
+use super::packet;
+use super::protocol::{FromWorker, ToWorker};
+use crate::machine::{CONSOLE_LINES, News, last_words};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::sync::Arc;
+use vm_run_abi::identity;
+use vmm::{Birth, Disks, EventSink, Host, Image, Moment, Prepared, Vm, VmState};
+
+/// The longest state, in bytes: some ten kilobytes for each vCPU.
+pub(crate) const STATE_MAX: u64 = 16 << 20;
+
+/// Serves its owner until that is gone.
+pub(crate) fn run(host: Host, socket: OwnedFd) -> io::Result<()> {
+    let mut worker = Worker {
+        host: Arc::new(host),
+        socket: Arc::new(socket),
+        life: Life::Blank,
+    };
+    while let Some((request, descriptors)) = packet::receive(&worker.socket)? {
+        match worker.fulfil(request, descriptors) {
+            Ok((answer, with)) => {
+                let with: Vec<BorrowedFd<'_>> = with.iter().map(AsFd::as_fd).collect();
+                packet::send(&worker.socket, &answer, &with)?;
+            }
+            Err(why) => packet::send(&worker.socket, &FromWorker::Failed(why), &[])?,
+        }
+    }
+    Ok(())
+}
+
+struct Worker {
+    host: Arc<Host>,
+    socket: Arc<OwnedFd>,
+    life: Life,
+}
+
+/// It only goes forward; a step that failed leaves it over.
+enum Life {
+    Blank,
+    Prepared(Box<Prepared>),
+    Running(Box<Vm>),
+    Over,
+}
+
+type Answer = (FromWorker, Vec<OwnedFd>);
+
+impl Worker {
+    fn fulfil(&mut self, request: ToWorker, with: Vec<OwnedFd>) -> Result<Answer, String> {
+        let mut with = with.into_iter().map(File::from);
+        match request {
+            ToWorker::Prepare { memory } => {
+                let (Life::Blank, Some(image), Some(state)) =
+                    (self.take_life(), with.next(), with.next())
+                else {
+                    return Err(out_of_turn());
+                };
+                let prepared = prepare(&self.host, image, memory, state)?;
+                self.life = Life::Prepared(Box::new(prepared));
+                Ok((FromWorker::Prepared, Vec::new()))
+            }
+            ToWorker::Start {
+                asked,
+                identity,
+                has_root,
+                has_writable,
+            } => {
+                let Life::Prepared(prepared) = self.take_life() else {
+                    return Err(out_of_turn());
+                };
+                let disks = Disks {
+                    root: has_root.then(|| with.next()).flatten(),
+                    writable: has_writable.then(|| with.next()).flatten(),
+                };
+                let vm = self.start(*prepared, asked, &identity, disks)?;
+                let timeline = vm.timeline();
+                self.life = Life::Running(Box::new(vm));
+                Ok((FromWorker::Started(timeline), Vec::new()))
+            }
+            ToWorker::Connect { port } => {
+                let stream = self.vm()?.connect(port);
+                let stream = stream.map_err(|e| format!("cannot connect to the agent: {e}"))?;
+                Ok((FromWorker::Connected, vec![stream.into()]))
+            }
+            ToWorker::LastWords => {
+                let words = last_words(self.vm()?.console_tail(CONSOLE_LINES));
+                Ok((FromWorker::LastWords(words), Vec::new()))
+            }
+            ToWorker::Freeze => {
+                let Life::Running(vm) = self.take_life() else {
+                    return Err(out_of_turn());
+                };
+                freeze(*vm)
+            }
+        }
+    }
+
+    fn take_life(&mut self) -> Life {
+        std::mem::replace(&mut self.life, Life::Over)
+    }
+
+    fn vm(&self) -> Result<&Vm, String> {
+        match &self.life {
+            Life::Running(vm) => Ok(vm),
+            Life::Blank | Life::Prepared(_) | Life::Over => Err(out_of_turn()),
+        }
+    }
+
+    fn start(
+        &self,
+        prepared: Prepared,
+        asked: Moment,
+        identity: &[u8],
+        disks: Disks,
+    ) -> Result<Vm, String> {
+        let console = prepared.console().clone();
+        let socket = Arc::clone(&self.socket);
+        // From the vCPU's thread straight to the owner.
+        let sink: EventSink = Arc::new(move |event| {
+            let news = FromWorker::News(News::of(&event, || console.tail(CONSOLE_LINES)));
+            if let Err(error) = packet::send(&*socket, &news, &[]) {
+                log::debug!("nobody hears of {event:?}: {error}");
+            }
+        });
+        let birth = Birth {
+            disks,
+            patches: vec![(identity::GPA, identity.to_vec())],
+            events: sink,
+        };
+        prepared.start(asked, birth).map_err(|e| e.to_string())
+    }
+}
+
+fn prepare(host: &Arc<Host>, image: File, memory: u64, state: File) -> Result<Prepared, String> {
+    let image = Image::from_file(image, memory).map_err(|e| e.to_string())?;
+    let state = read_state(state).map_err(|e| format!("the state cannot be read: {e}"))?;
+    Prepared::new(host, &image, &Arc::new(state)).map_err(|e| e.to_string())
+}
+
+/// Reads a state from the start of a file.
+pub(crate) fn read_state(mut file: File) -> io::Result<VmState> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.take(STATE_MAX).read_to_end(&mut bytes)?;
+    postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Writes a state to a file of its own.
+pub(crate) fn write_state(state: &VmState) -> io::Result<File> {
+    let bytes = postcard::to_stdvec(state).map_err(io::Error::other)?;
+    let mut file = File::from(memfd_create("vm-run-state", MemfdFlags::CLOEXEC)?);
+    file.write_all(&bytes)?;
+    Ok(file)
+}
+
+fn freeze(vm: Vm) -> Result<Answer, String> {
+    vm.pause().map_err(|e| e.to_string())?;
+    let (image, state) = vm.freeze().map_err(|e| e.to_string())?;
+    let memory = image.bytes();
+    let failed = |e: io::Error| format!("a frozen guest cannot be handed over: {e}");
+    let file = image.file().try_clone().map_err(failed)?;
+    let state = write_state(&state).map_err(failed)?;
+    Ok((
+        FromWorker::Frozen { memory },
+        vec![file.into(), state.into()],
+    ))
+}
+
+fn out_of_turn() -> String {
+    "the worker was asked out of turn".into()
+}
