@@ -17,7 +17,7 @@ const PAGE: usize = 4096;
 /// interrupts add to it, and how many there are goes by the host's speed.
 const MOST_TO_IDENTITY: usize = 80;
 /// From the wake-up to the exit of `true`.
-const MOST_TO_EXIT: usize = 820;
+const MOST_TO_EXIT: usize = 770;
 /// Of those, pages that hold a block of the root image.
 const MOST_FILE_CACHE: usize = 250;
 

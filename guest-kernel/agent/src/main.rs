@@ -85,7 +85,6 @@ fn boot() -> Result<(ForkPoint, Server), String> {
         writable: "/dev/vdb".to_owned(),
     };
     check_machine(has_devtmpfs, &disks)?;
-    mounts::limit_read_ahead("vda")?;
 
     set_limits()?;
     sys::loopback_up().map_err(|e| format!("cannot bring the loopback interface up: {e}"))?;

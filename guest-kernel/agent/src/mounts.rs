@@ -134,18 +134,6 @@ pub fn enable_controllers() -> Result<(), String> {
     Ok(())
 }
 
-/// How far a page fault in a file reads around it, and a reader reads ahead, in
-/// KiB. Linux's own 128 brings in most of a program that is only started, into pages
-/// that each child has of its own (docs/faults.md).
-const READ_AHEAD_KIB: u32 = 16;
-
-/// Bounds what is read of a disk without being asked for. In force for all files
-/// that are opened later (Linux mm/readahead.c, file_ra_state_init).
-pub fn limit_read_ahead(disk: &str) -> Result<(), String> {
-    let file = format!("/sys/block/{disk}/queue/read_ahead_kb");
-    fs::write(&file, READ_AHEAD_KIB.to_string()).map_err(|e| format!("cannot write {file}: {e}"))
-}
-
 /// Makes a cgroup, and returns its directory.
 pub fn make_cgroup(name: &str) -> Result<OwnedFd, String> {
     let path = format!("{CGROUPS}/{name}");
