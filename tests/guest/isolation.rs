@@ -108,7 +108,11 @@ fn two_children_never_get_one_writable_disk() {
             writable,
         };
         let hostname = "disk".into();
-        template.fork(ForkSpec { hostname, disks })
+        template.fork(ForkSpec {
+            hostname,
+            disks,
+            ..ForkSpec::default()
+        })
     };
     let mut first = fork(&disk).expect("forks");
     for same in [&disk, &link] {

@@ -90,7 +90,13 @@ fn fork(template: &Template) -> Child {
         writable: Some(disk::new_disk(&blocks, &std::env::temp_dir()).expect("a disk")),
     };
     let hostname = "pages".into();
-    template.fork(ForkSpec { hostname, disks }).expect("forks")
+    template
+        .fork(ForkSpec {
+            hostname,
+            disks,
+            ..ForkSpec::default()
+        })
+        .expect("forks")
 }
 
 #[test]

@@ -189,7 +189,13 @@ pub fn fork_busybox(template: &Template, hostname: &str) -> Child {
         writable: None,
     };
     let hostname = hostname.into();
-    template.fork(ForkSpec { hostname, disks }).expect("forks")
+    template
+        .fork(ForkSpec {
+            hostname,
+            disks,
+            ..ForkSpec::default()
+        })
+        .expect("forks")
 }
 
 /// Starts a shell in a child; its output is to be read.
