@@ -1,5 +1,5 @@
 //! Device models. No KVM here, no threads: a device is handed guest memory, an
-//! interrupt line (an eventfd) and its files, and looks nothing up.
+//! interrupt line and its files, and looks nothing up.
 //!
 //! Every device is *restored from a state*; a fresh one is restored from the
 //! state's `Default`. States are plain data and untrusted until `restore` has
@@ -21,9 +21,28 @@ pub mod virtio;
 pub use console::Console;
 pub use serial::{Serial, SerialState};
 
+use std::io;
+use vmm_sys_util::eventfd::EventFd;
+
 /// The memory of a guest. No dirty bitmap: the pages that a fork has written are
 /// the kernel's business (they are private pages of the mapping).
 pub type GuestMemory = vm_memory::GuestMemoryMmap;
+
+/// An edge-triggered interrupt line.
+pub trait Interrupt: Send + Sync {
+    /// Raises one interrupt.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn raise(&self) -> io::Result<()>;
+}
+
+/// Each write is an interrupt, to whoever reads it.
+impl Interrupt for EventFd {
+    fn raise(&self) -> io::Result<()> {
+        self.write(1)
+    }
+}
 
 /// A device behind a window of guest-physical addresses.
 pub trait MmioDevice: Send {

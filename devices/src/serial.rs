@@ -2,13 +2,13 @@
 //! [`Console`]; there is no input.
 
 use std::io;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, SerialState as Registers};
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::Console;
+use crate::{Console, Interrupt};
 
 /// First port of COM1.
 pub const PORT_BASE: u16 = 0x3f8;
@@ -94,13 +94,13 @@ impl From<&SerialState> for Registers {
     }
 }
 
-struct IrqLine(EventFd);
+struct IrqLine(Arc<dyn Interrupt>);
 
 impl Trigger for IrqLine {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+        self.0.raise()
     }
 }
 
@@ -123,8 +123,8 @@ pub struct Serial {
 }
 
 impl Serial {
-    /// A port as it is after power-on. `irq` is written for each interrupt.
-    pub fn new(irq: EventFd, console: Console) -> Self {
+    /// A port as it is after power-on. `irq` is raised for each interrupt.
+    pub fn new(irq: Arc<dyn Interrupt>, console: Console) -> Self {
         Self {
             uart: vm_superio::Serial::new(IrqLine(irq), ConsoleWriter(console)),
         }
@@ -133,7 +133,7 @@ impl Serial {
     /// A port in `state`. An interrupt that was pending is raised again: the
     /// driver may sleep on a transmission that was under way at the save.
     pub fn restore(
-        irq: EventFd,
+        irq: Arc<dyn Interrupt>,
         console: Console,
         state: &SerialState,
     ) -> Result<Self, SerialError> {
@@ -174,9 +174,10 @@ impl Serial {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vmm_sys_util::eventfd::EventFd;
 
-    fn irq() -> EventFd {
-        EventFd::new(libc::EFD_NONBLOCK).unwrap()
+    fn irq() -> Arc<EventFd> {
+        Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap())
     }
 
     #[test]
@@ -211,7 +212,7 @@ mod tests {
         serial.write(0, b'x');
         let line = irq();
         let state = serial.save();
-        Serial::restore(line.try_clone().unwrap(), Console::new(), &state).unwrap();
+        Serial::restore(line.clone(), Console::new(), &state).unwrap();
         assert!(line.read().is_ok());
     }
 

@@ -111,7 +111,7 @@ impl<D: VirtioDevice> FakeGuest<D> {
     /// A guest before its driver has touched the device.
     pub fn power_on(device: D, memory: GuestMemory, state: &TransportState) -> Self {
         let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
-        let line = irq.try_clone().expect("eventfd");
+        let line = Arc::new(irq.try_clone().expect("eventfd"));
         let device = MmioTransport::restore(device, memory.clone(), line, state).expect("restore");
         let device = Arc::new(Mutex::new(device));
         let mut events = EventManager::new().expect("epoll");

@@ -5,6 +5,7 @@ use arbitrary::Arbitrary;
 use devices::console::Console;
 use devices::serial::{Serial, SerialState};
 use libfuzzer_sys::fuzz_target;
+use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 #[derive(Arbitrary, Debug)]
@@ -17,8 +18,8 @@ enum Action {
     Restore { registers: [u8; 9], input: Vec<u8> },
 }
 
-fn irq() -> EventFd {
-    EventFd::new(EFD_NONBLOCK).expect("eventfd")
+fn irq() -> Arc<EventFd> {
+    Arc::new(EventFd::new(EFD_NONBLOCK).expect("eventfd"))
 }
 
 fuzz_target!(|actions: Vec<Action>| {

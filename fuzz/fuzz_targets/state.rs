@@ -8,6 +8,7 @@ use devices::testing;
 use devices::virtio::mmio::{MmioTransport, register};
 use devices::virtio::{QueueState, TransportState, Vsock, VsockState};
 use libfuzzer_sys::fuzz_target;
+use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -97,7 +98,7 @@ fuzz_target!(|input: Input| {
             .collect(),
     };
     let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
-    let Ok(transport) = MmioTransport::restore(device, memory.clone(), irq, &state) else {
+    let Ok(transport) = MmioTransport::restore(device, memory.clone(), Arc::new(irq), &state) else {
         return;
     };
     let saved = transport.save();

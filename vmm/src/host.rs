@@ -47,9 +47,8 @@ impl std::fmt::Debug for Host {
 }
 
 /// The capabilities that every guest needs; all are in Linux 6.1 on x86-64.
-const NEEDED: [(Cap, &str); 9] = [
+const NEEDED: [(Cap, &str); 8] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),

@@ -1,21 +1,53 @@
 //! The event loop of one VM: one thread for all its devices.
 
 use crate::error::Error;
-use crate::host::{Host, ThreadKind};
+use crate::host::{Host, ThreadKind, ThreadStart};
+use crate::machine::lock;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
+/// The event loop of a VM whose guest may never drive a device: its thread is
+/// started when there is something for it to do. Dropping it ends the loop.
+pub(crate) struct Io {
+    subscribers: Vec<Subscriber>,
+    begin: ThreadStart,
+    thread: Mutex<Option<IoThread>>,
+    runs: AtomicBool,
+}
+
+impl Io {
+    pub(crate) fn new(host: &Host, subscribers: Vec<Subscriber>) -> Arc<Self> {
+        Arc::new(Self {
+            subscribers,
+            begin: host.thread_start(),
+            thread: Mutex::default(),
+            runs: AtomicBool::new(false),
+        })
+    }
+
+    /// To be called when a device has, or will have, something to do.
+    pub(crate) fn ensure(&self) -> Result<(), Error> {
+        if self.runs.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut thread = lock(&self.thread);
+        if thread.is_none() {
+            *thread = Some(IoThread::spawn(&self.begin, self.subscribers.clone())?);
+            self.runs.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+}
+
 /// The thread. Dropping it ends the loop and waits for it.
 #[derive(Debug)]
-pub(crate) struct IoThread {
+struct IoThread {
     stop: EventFd,
-    devices: Option<Sender<Vec<Subscriber>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -38,20 +70,15 @@ impl MutEventSubscriber for Stop {
 }
 
 impl IoThread {
-    /// Starts the thread, which waits for devices.
-    pub(crate) fn spawn(host: &Host) -> Result<Self, Error> {
+    /// Starts the loop over `subscribers`.
+    fn spawn(begin: &ThreadStart, subscribers: Vec<Subscriber>) -> Result<Self, Error> {
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::os("eventfd"))?;
         let fd = stop.try_clone().map_err(Error::os("eventfd"))?;
-        let begin = host.thread_start();
-        let (devices, subscribers) = mpsc::channel();
+        let begin = Arc::clone(begin);
         let thread = std::thread::Builder::new()
             .name("vm-io".into())
             .spawn(move || {
                 begin(ThreadKind::Io);
-                // Without devices there is no VM.
-                let Ok(subscribers) = subscribers.recv() else {
-                    return;
-                };
                 if let Err(error) = run(subscribers, fd) {
                     log::error!("the event loop of a virtual machine has ended: {error}");
                 }
@@ -59,18 +86,8 @@ impl IoThread {
             .map_err(Error::os("thread"))?;
         Ok(Self {
             stop,
-            devices: Some(devices),
             thread: Some(thread),
         })
-    }
-
-    /// Starts the loop over `subscribers`; once.
-    pub(crate) fn run(&mut self, subscribers: Vec<Subscriber>) -> Result<(), Error> {
-        let sent = self.devices.take().map(|to| to.send(subscribers));
-        match sent {
-            Some(Ok(())) => Ok(()),
-            _ => Err(Error::Phase("without its event loop")),
-        }
     }
 }
 
@@ -92,7 +109,6 @@ fn run(subscribers: Vec<Subscriber>, fd: EventFd) -> event_manager::Result<()> {
 
 impl Drop for IoThread {
     fn drop(&mut self) {
-        self.devices = None;
         if let Err(error) = self.stop.write(1) {
             log::error!("cannot stop an event loop: {error}");
             return;

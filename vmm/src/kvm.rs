@@ -66,9 +66,9 @@ impl KvmVm {
         map: impl FnOnce() -> Result<Ram, Error>,
     ) -> Result<(Self, Made), Error> {
         let fd = host.kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
-        let vm = Moment::now();
+        let (fd, vm) = (Arc::new(fd), Moment::now());
         let ram = map()?;
-        set_slots(&fd, &ram)?;
+        set_slots(&*fd, &ram)?;
         let memory = Moment::now();
         Ok((Self::over(fd, ram), Made { vm, memory }))
     }
@@ -78,10 +78,10 @@ impl KvmVm {
         populate(&*self.fd, vcpus)
     }
 
-    fn over(fd: VmFd, ram: Ram) -> Self {
+    fn over(fd: Arc<VmFd>, ram: Ram) -> Self {
         let xsave_size = fd.check_extension_int(Cap::Xsave2).max(4096) as usize;
         Self {
-            fd: Arc::new(fd),
+            fd,
             ram,
             xsave_size,
         }
@@ -157,7 +157,7 @@ impl Ahead {
 
     pub(crate) fn map(self, ram: Ram) -> Result<(KvmVm, Vec<VcpuFd>), Error> {
         set_slots(&self.fd, &ram)?;
-        Ok((KvmVm::over(self.fd, ram), self.vcpus))
+        Ok((KvmVm::over(Arc::new(self.fd), ram), self.vcpus))
     }
 }
 

@@ -44,7 +44,7 @@ pub(crate) const INITRAMFS_MAX: u64 = 0x7fff_f000;
 /// The first virtio-mmio window; one page each, right after the doorbell.
 pub(crate) const VIRTIO_MMIO: u64 = doorbell::GPA + PAGE_SIZE;
 pub(crate) const VIRTIO_MMIO_SIZE: u64 = PAGE_SIZE;
-/// The first virtio-mmio interrupt: an IOAPIC pin, edge-triggered by irqfd.
+/// The first virtio-mmio interrupt: an IOAPIC pin, edge-triggered.
 pub(crate) const VIRTIO_IRQ: u32 = 5;
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
 pub(crate) const SERIAL_IRQ: u32 = 4;

@@ -16,6 +16,7 @@
 //! the fork.
 
 use crate::error::Error;
+use crate::io::Io;
 use crate::layout::{SERIAL_IRQ, SERIAL_PORT, VIRTIO_IRQ, VIRTIO_MMIO, VIRTIO_MMIO_SIZE};
 use crate::moment::Moment;
 use devices::virtio::VirtioDevice;
@@ -23,14 +24,14 @@ use devices::virtio::block::{Block, BlockState};
 use devices::virtio::mmio::{MmioTransport, TransportState};
 use devices::virtio::rng::{Rng, RngState};
 use devices::virtio::vsock::{Vsock, VsockState};
-use devices::{Console, GuestMemory, MmioDevice, Serial, SerialState, i8042};
+use devices::{Console, GuestMemory, Interrupt, MmioDevice, Serial, SerialState, i8042};
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_run_abi::{PAGE_SIZE, doorbell};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// How many virtio-mmio windows the machine has.
 pub(crate) const VIRTIO_DEVICES: u32 = 4;
@@ -144,17 +145,17 @@ impl Devices {
     /// have no files yet.
     pub(crate) fn restore(
         s: &DevicesState,
-        vm: &VmFd,
+        vm: &Arc<VmFd>,
         memory: &GuestMemory,
         console: &Console,
     ) -> Result<Self, Error> {
-        let irq = |line: u32| -> Result<EventFd, Error> {
-            let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::os("eventfd"))?;
-            vm.register_irqfd(&fd, line)
-                .map_err(Error::kvm("KVM_IRQFD"))?;
-            Ok(fd)
+        let irq = |gsi: u32| -> Arc<dyn Interrupt> {
+            Arc::new(Line {
+                vm: Arc::clone(vm),
+                gsi,
+            })
         };
-        let serial = Serial::restore(irq(SERIAL_IRQ)?, console.clone(), &s.serial)
+        let serial = Serial::restore(irq(SERIAL_IRQ), console.clone(), &s.serial)
             .map_err(refused("the serial port"))?;
         let root = Block::restore(&s.root.device).map_err(refused("the root disk"))?;
         let writable = Block::restore(&s.writable.device).map_err(refused("the writable disk"))?;
@@ -162,15 +163,10 @@ impl Devices {
         let rng = Rng::restore(&s.rng.device);
         Ok(Self {
             serial: Arc::new(Mutex::new(serial)),
-            rng: attach(rng, memory, irq(VIRTIO_IRQ)?, &s.rng.transport)?,
-            vsock: attach(vsock, memory, irq(VIRTIO_IRQ + 1)?, &s.vsock.transport)?,
-            root: attach(root, memory, irq(VIRTIO_IRQ + 2)?, &s.root.transport)?,
-            writable: attach(
-                writable,
-                memory,
-                irq(VIRTIO_IRQ + 3)?,
-                &s.writable.transport,
-            )?,
+            rng: attach(rng, memory, irq(VIRTIO_IRQ), &s.rng.transport)?,
+            vsock: attach(vsock, memory, irq(VIRTIO_IRQ + 1), &s.vsock.transport)?,
+            root: attach(root, memory, irq(VIRTIO_IRQ + 2), &s.root.transport)?,
+            writable: attach(writable, memory, irq(VIRTIO_IRQ + 3), &s.writable.transport)?,
         })
     }
 
@@ -202,12 +198,16 @@ impl Devices {
         }
     }
 
-    /// After a restore: has every device look at its queues again.
-    pub(crate) fn kick(&self) {
-        lock(&self.rng).kick();
-        lock(&self.vsock).kick();
-        lock(&self.root).kick();
-        lock(&self.writable).kick();
+    /// After a restore: has every device look at its queues again. False if no
+    /// device has anything to do.
+    pub(crate) fn kick(&self) -> bool {
+        [
+            lock(&self.rng).kick(),
+            lock(&self.vsock).kick(),
+            lock(&self.root).kick(),
+            lock(&self.writable).kick(),
+        ]
+        .contains(&true)
     }
 
     /// In the order of their windows.
@@ -231,10 +231,26 @@ impl Devices {
     }
 }
 
+/// An input of the interrupt controllers. Raised by an ioctl, at once and by the
+/// raising thread: KVM hands an irqfd of an IOAPIC input to a worker of its own
+/// (Linux virt/kvm/eventfd.c, irqfd_wakeup), and each would be two more calls for
+/// a fork to make, and more for KVM to wait for at the end.
+struct Line {
+    vm: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl Interrupt for Line {
+    fn raise(&self) -> io::Result<()> {
+        self.vm.set_irq_line(self.gsi, true)?;
+        Ok(self.vm.set_irq_line(self.gsi, false)?)
+    }
+}
+
 fn attach<D: VirtioDevice>(
     device: D,
     memory: &GuestMemory,
-    irq: EventFd,
+    irq: Arc<dyn Interrupt>,
     state: &TransportState,
 ) -> Result<Arc<Mutex<MmioTransport<D>>>, Error> {
     MmioTransport::restore(device, memory.clone(), irq, state)
@@ -264,14 +280,16 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Where the vCPUs' accesses go.
 pub(crate) struct Bus {
+    io: Arc<Io>,
     serial: Arc<Mutex<Serial>>,
     windows: [Arc<Mutex<dyn MmioDevice>>; VIRTIO_DEVICES as usize],
     message: Mutex<Vec<u8>>,
 }
 
 impl Bus {
-    pub(crate) fn new(devices: &Devices) -> Self {
+    pub(crate) fn new(devices: &Devices, io: &Arc<Io>) -> Self {
         Self {
+            io: Arc::clone(io),
             serial: Arc::clone(&devices.serial),
             windows: devices.windows(),
             message: Mutex::default(),
@@ -302,10 +320,15 @@ impl Bus {
         }
     }
 
-    pub(crate) fn mmio_write(&self, gpa: u64, data: &[u8]) {
+    /// # Errors
+    /// No thread for the event loop, which a device may need from now on.
+    pub(crate) fn mmio_write(&self, gpa: u64, data: &[u8]) -> Result<(), Error> {
         if let Some((mut device, offset)) = self.window(gpa) {
             device.write(offset, data);
+            drop(device);
+            self.io.ensure()?;
         }
+        Ok(())
     }
 
     /// Ports are one byte wide here; KVM gives string output as many bytes for

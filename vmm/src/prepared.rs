@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   caller          | VM, memory, chips, vCPUs, vCPU 0's state | disks, identity, clocks, Go
-//!   vCPU 0's thread |     other threads .... devices, then it polls ...................... runs
+//!   vCPU 0's thread |                                                                       runs
 //!   other vCPUs'    |                          their state ............................... run
 //! ```
 //! A cold fork does both halves in a row; a pool does the first ahead, and only
@@ -15,7 +15,7 @@
 
 use crate::error::Error;
 use crate::host::Host;
-use crate::io::IoThread;
+use crate::io::Io;
 use crate::kvm::{KvmVm, Made};
 use crate::machine::{Bus, Devices, Disks, EventSink};
 use crate::memory::{Image, Ram};
@@ -24,11 +24,10 @@ use crate::reaper::{Parts, Reaper};
 use crate::vcpu::gate::Gate;
 use crate::vcpu::handle::Vcpu;
 use crate::vcpu::state;
-use crate::vcpu::thread::{self, Go, Order, Restore, Seat};
+use crate::vcpu::thread::{Go, Order, Restore, Seat};
 use crate::vm::{Timeline, Vm, VmState};
 use devices::Console;
 use kvm_ioctls::VcpuFd;
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
@@ -48,6 +47,8 @@ pub struct Prepared {
     parts: Unused,
     state: Arc<VmState>,
     first: VcpuFd,
+    /// Of vCPU 0, if it was started ahead.
+    thread: Option<Vcpu>,
     console: Console,
     made: Made,
     loaded: Moment,
@@ -95,6 +96,11 @@ impl Prepared {
     pub fn new(host: &Arc<Host>, image: &Image, state: &Arc<VmState>) -> Result<Self, Error> {
         let mut this = Self::make(host, image, state, Console::new())?;
         this.settle()?;
+        this.thread = Some(Vcpu::spawn(0)?);
+        // Ahead of time is the time for it; and a confined vCPU could not start it.
+        if let Some(parts) = &this.parts.parts {
+            parts.io.ensure()?;
+        }
         Ok(this)
     }
 
@@ -108,29 +114,25 @@ impl Prepared {
         let permit = host.permit()?;
         let count = state.vcpus.len() as u8;
         let (kvm, made) = KvmVm::new(host, || Ram::private(image))?;
-        // Not before: KVM_CREATE_VM takes all locks of the address space, and a
-        // thread that comes up maps its stack.
-        let (first, threads) = spawn_all(host, count)?;
-        let mut fds = kvm.populate(count)?;
         state.check_sizes(kvm.xsave_size)?;
-        let devices = make_devices(&first, &kvm, state, &console)?;
+        let mut fds = kvm.populate(count)?;
         let chips = kvm.chips(fds.len());
         let restore = || Restore {
             state: Arc::clone(state),
             chips: Arc::clone(&chips),
         };
-        let (others, mut io) = heard(&threads)?;
-        let mut vcpus = vec![first];
-        vcpus.extend(others);
         let others = fds.split_off(1);
         let first = fds.pop().ok_or_else(|| Error::State("no vCPU".into()))?;
+        let mut vcpus = Vec::new();
         let mut loading = Vec::new();
-        for (vcpu, fd) in vcpus.iter().skip(1).zip(others) {
+        for (id, fd) in (1..).zip(others) {
+            let vcpu = Vcpu::spawn(id)?;
             loading.push(vcpu.take(Seat::new(host, &kvm, fd, Some(restore())))?);
+            vcpus.push(vcpu);
         }
         restore().load(0, &first)?;
-        let devices = heard(&devices)?;
-        io.run(devices.subscribers())?;
+        let devices = Devices::restore(&state.devices, &kvm.fd, kvm.ram.memory(), &console)?;
+        let io = Io::new(host, devices.subscribers());
         let parts = Parts {
             vcpus,
             io,
@@ -146,6 +148,7 @@ impl Prepared {
             },
             state: Arc::clone(state),
             first,
+            thread: None,
             console,
             made,
             loaded: Moment::now(),
@@ -174,7 +177,7 @@ impl Prepared {
     /// A disk that another VM has, or what KVM says. Nothing is left.
     pub fn start(mut self, asked: Moment, birth: Birth) -> Result<Vm, Error> {
         self.settle()?;
-        let Some(parts) = &self.parts.parts else {
+        let Some(parts) = &mut self.parts.parts else {
             return Err(Error::Phase("gone"));
         };
         parts.devices.bind(birth.disks)?;
@@ -182,16 +185,19 @@ impl Prepared {
             parts.kvm.ram.write(*gpa, bytes)?;
         }
         self.state.vm.set_clock(&parts.kvm.fd)?;
-        parts.devices.kick();
+        if parts.devices.kick() {
+            parts.io.ensure()?;
+        }
         if let Some(state) = self.state.vcpus.first() {
             state::begin(&self.first, state)?;
         }
-        let Some(first) = parts.vcpus.first() else {
-            return Err(Error::Phase("gone"));
+        let first = match self.thread.take() {
+            Some(thread) => thread,
+            None => Vcpu::spawn(0)?,
         };
         // Loaded, and begun: nothing is left to be restored from.
-        let seat = Seat::new(&self.host, &parts.kvm, self.first, None);
-        first.take(seat)?;
+        first.take(Seat::new(&self.host, &parts.kvm, self.first, None))?;
+        parts.vcpus.insert(0, first);
         go(parts, &birth.events)?;
         let Some(parts) = self.parts.parts.take() else {
             return Err(Error::Phase("gone"));
@@ -207,43 +213,9 @@ impl Prepared {
     }
 }
 
-/// What another thread was asked for.
-type Answer<T> = Receiver<Result<T, Error>>;
-
-fn heard<T>(answer: &Answer<T>) -> Result<T, Error> {
-    answer.recv().map_err(|_| Error::Unresponsive(0))?
-}
-
-/// Starts vCPU 0's thread, which starts all others.
-fn spawn_all(host: &Arc<Host>, vcpus: u8) -> Result<(Vcpu, Answer<(Vec<Vcpu>, IoThread)>), Error> {
-    let first = Vcpu::spawn(0, |orders| thread::main(0, orders))?;
-    let host = Arc::clone(host);
-    let threads = first.help(move || Ok((spawn(1..vcpus)?, IoThread::spawn(&host)?)))?;
-    Ok((first, threads))
-}
-
-/// Has vCPU 0's thread make the devices.
-fn make_devices(
-    first: &Vcpu,
-    kvm: &KvmVm,
-    state: &Arc<VmState>,
-    console: &Console,
-) -> Result<Answer<Devices>, Error> {
-    let (vm, memory) = (Arc::clone(&kvm.fd), kvm.ram.memory().clone());
-    let (state, console) = (Arc::clone(state), console.clone());
-    first.help(move || Devices::restore(&state.devices, &vm, &memory, &console))
-}
-
-/// Threads for vCPUs.
-pub(crate) fn spawn(vcpus: Range<u8>) -> Result<Vec<Vcpu>, Error> {
-    vcpus
-        .map(|id| Vcpu::spawn(id, move |orders| thread::main(id, orders)))
-        .collect()
-}
-
 /// Lets all vCPUs run; none does before all have begun.
 pub(crate) fn go(parts: &Parts, events: &EventSink) -> Result<(), Error> {
-    let bus = Arc::new(Bus::new(&parts.devices));
+    let bus = Arc::new(Bus::new(&parts.devices, &parts.io));
     let gate = Gate::new(parts.vcpus.len());
     // All arrivals first: a vCPU that cannot be told breaks the gate by that.
     let arrivals: Vec<_> = parts.vcpus.iter().map(|_| gate.arrival()).collect();

@@ -2,7 +2,7 @@
 //! periods of RCU and SRCU), so a thread does it, and it is counted.
 
 use crate::error::Error;
-use crate::io::IoThread;
+use crate::io::Io;
 use crate::kvm::KvmVm;
 use crate::machine::Devices;
 use crate::vcpu::handle::Vcpu;
@@ -19,7 +19,7 @@ pub(crate) struct Parts {
     // Fields drop in this order: vCPUs first, so that no device is touched by a
     // guest; then the event loop; the memory after KVM's VM; the place last.
     pub(crate) vcpus: Vec<Vcpu>,
-    pub(crate) io: IoThread,
+    pub(crate) io: Arc<Io>,
     pub(crate) devices: Devices,
     pub(crate) kvm: KvmVm,
     pub(crate) permit: Permit,

@@ -2,7 +2,7 @@
 
 use crate::error::{ConfigError, Error};
 use crate::host::Host;
-use crate::io::IoThread;
+use crate::io::Io;
 use crate::kvm::{KvmVm, KvmVmState};
 use crate::layout::{CMDLINE_MAX, RamRange, VCPUS_MAX};
 use crate::machine::{Devices, DevicesState, EventSink, VIRTIO_DEVICES, lock};
@@ -11,6 +11,7 @@ use crate::moment::Moment;
 use crate::payload::{Payload, linux, micro};
 use crate::prepared;
 use crate::reaper::{Parts, Reaper};
+use crate::vcpu::handle::Vcpu;
 use crate::vcpu::state::{self, VcpuState};
 use crate::vcpu::thread::{Order, Seat};
 use crate::x86_64::boot::{self, Ring};
@@ -134,13 +135,14 @@ impl Vm {
         let console = Console::new();
         let state = DevicesState::default();
         let devices = Devices::restore(&state, &kvm.fd, kvm.ram.memory(), &console)?;
-        let vcpus = prepared::spawn(0..config.vcpus)?;
+        let vcpus = (0..config.vcpus)
+            .map(Vcpu::spawn)
+            .collect::<Result<Vec<_>, _>>()?;
         for (vcpu, fd) in vcpus.iter().zip(fds) {
             let loaded = vcpu.take(Seat::new(host, &kvm, fd, None))?;
             loaded.recv().map_err(|_| Error::Phase("gone"))??;
         }
-        let mut io = IoThread::spawn(host)?;
-        io.run(devices.subscribers())?;
+        let io = Io::new(host, devices.subscribers());
         let parts = Parts {
             vcpus,
             io,
@@ -180,6 +182,7 @@ impl Vm {
     /// Too many connections, or no descriptor.
     pub fn connect(&self, port: u32) -> std::io::Result<UnixStream> {
         let parts = self.parts().map_err(std::io::Error::other)?;
+        parts.io.ensure().map_err(std::io::Error::other)?;
         lock(&parts.devices.vsock).device_mut().connect(port)
     }
 

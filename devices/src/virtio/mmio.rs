@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::{Deserialize, Serialize};
@@ -9,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{DeviceIo, QueueError, QueueState, VirtQueue};
 use super::{Progress, VirtioDevice, feature};
-use crate::{GuestMemory, MmioDevice};
+use crate::{GuestMemory, Interrupt, MmioDevice};
 
 /// Size of the window of guest-physical addresses, in bytes.
 pub const WINDOW_SIZE: u64 = 0x1000;
@@ -139,7 +140,7 @@ pub struct TransportState {
 pub struct MmioTransport<D: VirtioDevice> {
     device: D,
     memory: GuestMemory,
-    irq: EventFd,
+    irq: Arc<dyn Interrupt>,
     notify: EventFd,
     /// All but the queues, which live in `queues`.
     registers: TransportState,
@@ -149,13 +150,13 @@ pub struct MmioTransport<D: VirtioDevice> {
 }
 
 impl<D: VirtioDevice> MmioTransport<D> {
-    /// Puts `device` on the bus in `state`, which is untrusted. `irq` is written
+    /// Puts `device` on the bus in `state`, which is untrusted. `irq` is raised
     /// once for each interrupt. Nothing is processed before [`Self::kick`] or the
     /// next notification.
     pub fn restore(
         device: D,
         memory: GuestMemory,
-        irq: EventFd,
+        irq: Arc<dyn Interrupt>,
         state: &TransportState,
     ) -> Result<Self, RestoreError> {
         let sizes = device.queue_sizes();
@@ -218,14 +219,17 @@ impl<D: VirtioDevice> MmioTransport<D> {
     /// With EVENT_IDX a chain that became available about the time of the save
     /// may have crossed `avail_event` unseen; its driver will not notify again,
     /// and without this look the queue is dead.
-    pub fn kick(&mut self) {
+    ///
+    /// False if no driver has set the device up: then there is nothing to look at.
+    pub fn kick(&mut self) -> bool {
         if !self.is_running() {
-            return;
+            return false;
         }
         self.mark_all_queues();
         if self.registers.interrupt_status != 0 {
             self.interrupt(0);
         }
+        true
     }
 
     /// Has the loop look at every queue that is ready.
@@ -256,7 +260,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
     /// Adds `bits` to the interrupt status and raises the line.
     fn interrupt(&mut self, bits: u32) {
         self.registers.interrupt_status |= bits;
-        if let Err(error) = self.irq.write(1) {
+        if let Err(error) = self.irq.raise() {
             log::debug!("virtio interrupt: {error}");
         }
     }

@@ -1,7 +1,7 @@
 //! A vCPU's thread, seen from outside.
 
 use super::kick;
-use super::thread::{Order, Seat};
+use super::thread::{self, Order, Seat};
 use crate::error::Error;
 use crate::moment::Moment;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
@@ -22,33 +22,19 @@ pub(crate) struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts the thread of vCPU `id`, which does `work`.
-    pub(crate) fn spawn(
-        id: u8,
-        work: impl FnOnce(&Receiver<Order>) + Send + 'static,
-    ) -> Result<Self, Error> {
+    /// Starts the thread of vCPU `id`, which waits for orders.
+    pub(crate) fn spawn(id: u8) -> Result<Self, Error> {
         kick::install()?;
         let (orders, receiver) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name(format!("vcpu-{id}"))
-            .spawn(move || work(&receiver))
+            .spawn(move || thread::main(id, &receiver))
             .map_err(Error::os("thread"))?;
         Ok(Self {
             id,
             orders: Some(orders),
             thread: Some(thread),
         })
-    }
-
-    /// Has the thread do something before it has its vCPU.
-    pub(crate) fn help<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-    ) -> Result<Receiver<Result<T, Error>>, Error> {
-        let (send, answer) = mpsc::sync_channel(1);
-        // Nobody listens when the caller has failed meanwhile.
-        self.send(Order::Help(Box::new(move || drop(send.send(work())))))?;
-        Ok(answer)
     }
 
     /// Gives it its vCPU; the answer says when that was loaded.

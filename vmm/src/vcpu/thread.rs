@@ -20,13 +20,10 @@ use crate::vm::VmState;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
-use std::time::Duration;
 use vm_run_abi::doorbell::Ring;
 
 /// From the controller. Each is answered on the channel that it brings.
 pub(crate) enum Order {
-    /// Do something else, before there is a vCPU.
-    Help(Box<dyn FnOnce() + Send>),
     /// Have this vCPU, and load it. Comes before the rest.
     Take {
         seat: Box<Seat>,
@@ -95,12 +92,7 @@ enum Next {
 
 /// Runs the vCPU that the controller gives.
 pub(crate) fn main(id: u8, orders: &Receiver<Order>) {
-    let mut order = orders.recv().ok();
-    while let Some(Order::Help(work)) = order {
-        work();
-        order = poll(orders);
-    }
-    let Some(Order::Take { seat, loaded }) = order else {
+    let Ok(Order::Take { seat, loaded }) = orders.recv() else {
         return;
     };
     let result = seat.load(id).map(|()| Moment::now());
@@ -110,7 +102,7 @@ pub(crate) fn main(id: u8, orders: &Receiver<Order>) {
     if failed {
         return;
     }
-    let Some(Order::Go(go)) = poll(orders) else {
+    let Ok(Order::Go(go)) = orders.recv() else {
         return;
     };
     (seat.confine)(ThreadKind::Vcpu);
@@ -118,27 +110,6 @@ pub(crate) fn main(id: u8, orders: &Receiver<Order>) {
         Ok(()) => run(id, *seat, *go, orders),
         // The gate breaks with `go`, and no other vCPU runs.
         Err(error) => (go.events)(Event::Failed(error.to_string())),
-    }
-}
-
-/// How long a thread that was called to help looks for its next order before it
-/// sleeps: about as long as KVM takes to make a VM. To sleep and be woken takes a
-/// good part of that, on hosts whose idle CPUs sleep too (KVM polls for the same
-/// reason: Linux Documentation/virt/kvm/halt-polling.rst).
-const POLL: Duration = Duration::from_micros(0);
-
-fn poll(orders: &Receiver<Order>) -> Option<Order> {
-    let begin = Moment::now();
-    loop {
-        match orders.try_recv() {
-            Ok(order) => return Some(order),
-            Err(TryRecvError::Disconnected) => return None,
-            Err(TryRecvError::Empty) if Moment::now().since(begin) >= POLL => {
-                return orders.recv().ok();
-            }
-            // Somebody else may have the CPU.
-            Err(TryRecvError::Empty) => std::thread::yield_now(),
-        }
     }
 }
 
@@ -248,7 +219,7 @@ impl Context<'_> {
             Order::Resume => true,
             Order::ReadTsc(reply) => reply.send(Err(Error::Phase("running"))).is_ok(),
             Order::Save { reply, .. } => reply.send(Err(Error::Phase("running"))).is_ok(),
-            Order::Help(_) | Order::Take { .. } | Order::Go(_) => false,
+            Order::Take { .. } | Order::Go(_) => false,
         }
     }
 
@@ -263,7 +234,7 @@ impl Context<'_> {
                     let state = state::save(&self.vcpu, &self.host_msrs, tsc, self.xsave_size);
                     reply.send(state.map(Box::new)).is_ok()
                 }
-                Ok(Order::Help(_) | Order::Take { .. } | Order::Go(_)) | Err(_) => return false,
+                Ok(Order::Take { .. } | Order::Go(_)) | Err(_) => return false,
             };
             if !heard {
                 return false;
@@ -294,7 +265,7 @@ impl Context<'_> {
                     Some(ring) => return Ok(self.rung(ring)),
                     None => log::debug!("vCPU {}: stray store to the doorbell", self.id),
                 },
-                None => self.bus.mmio_write(gpa, data),
+                None => self.bus.mmio_write(gpa, data)?,
             },
             Ok(VcpuExit::MmioRead(gpa, data)) => self.bus.mmio_read(gpa, data),
             Ok(VcpuExit::IoOut(port, data)) => {

@@ -8,7 +8,7 @@ fn rng() -> FakeGuest<Rng> {
 
 fn restore(state: &TransportState) -> Result<MmioTransport<Rng>, RestoreError> {
     let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-    MmioTransport::restore(Rng::default(), testing::memory(), irq, state)
+    MmioTransport::restore(Rng::default(), testing::memory(), Arc::new(irq), state)
 }
 
 #[test]
@@ -355,7 +355,8 @@ fn making_a_device_is_cheap() {
             let irq = EventFd::new(EFD_NONBLOCK).unwrap();
             let start = std::time::Instant::now();
             let device = Vsock::restore(&VsockState::default()).unwrap();
-            let transport = MmioTransport::restore(device, memory.clone(), irq, &state).unwrap();
+            let transport =
+                MmioTransport::restore(device, memory.clone(), Arc::new(irq), &state).unwrap();
             let took = start.elapsed();
             drop(transport);
             took
