@@ -104,6 +104,7 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
             writable,
         },
         domain: args.domain.clone(),
+        ..ForkSpec::default()
     })?;
     let process = child.start(plan.container, plan.process)?;
     signals.forward_to(process.remote.clone())?;

@@ -88,6 +88,8 @@ pub struct Child {
     command: Vec<String>,
     stream_kinds: Vec<Stream>,
     root: Option<File>,
+    /// Whether its VM stops, or has stopped, at the identity.
+    is_held: bool,
 }
 
 /// A process in a child, seen from the host.
@@ -112,6 +114,7 @@ impl Child {
         path: ForkPath,
         template: Arc<TemplateInfo>,
         root: Option<File>,
+        is_held: bool,
     ) -> Self {
         let fork = machine.timeline();
         let (command, stream_kinds) = match &template.warm {
@@ -139,6 +142,7 @@ impl Child {
             command,
             stream_kinds,
             root,
+            is_held,
         }
     }
 
@@ -151,6 +155,24 @@ impl Child {
         self.expect(Phase::Forked, "is not fresh from the fork")?;
         let result = self.await_identity();
         self.settle(result, Phase::Confirmed)
+    }
+
+    /// Lets a child go on that was to be held ([`ForkSpec::hold`]
+    /// (crate::ForkSpec::hold)); it is confirmed first if that was not done.
+    /// Starting or attaching does this by itself.
+    ///
+    /// # Errors
+    /// As [`Self::confirm`].
+    pub fn release(&mut self) -> Result<(), Error> {
+        if self.phase == Phase::Forked {
+            self.confirm()?;
+        }
+        if std::mem::take(&mut self.is_held) {
+            let released = self.machine.release();
+            let phase = self.phase;
+            return self.settle(released, phase);
+        }
+        Ok(())
     }
 
     /// Starts the container of a bare child. The child is confirmed first if that
@@ -369,9 +391,7 @@ impl Child {
         if self.template.kind != kind {
             return Err(Error::State(otherwise));
         }
-        if self.phase == Phase::Forked {
-            self.confirm()?;
-        }
+        self.release()?;
         self.expect(Phase::Confirmed, "has a container already")
     }
 

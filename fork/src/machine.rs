@@ -178,6 +178,14 @@ impl Machine {
         }
     }
 
+    /// Lets a VM go on that was held.
+    pub(crate) fn release(&mut self) -> Result<(), Error> {
+        match self {
+            Self::Here(local) => Ok(local.vm.resume()?),
+            Self::Worker(remote) => remote.release(),
+        }
+    }
+
     /// The end of what its console says; empty where nobody can say.
     pub(crate) fn console_tail(&mut self) -> Vec<String> {
         last_words(match self {

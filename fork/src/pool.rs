@@ -253,6 +253,7 @@ impl Shared {
                     path,
                     Arc::clone(self.template.info()),
                     root,
+                    request.hold,
                 ))
             }
         }

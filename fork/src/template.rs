@@ -89,6 +89,9 @@ pub struct ForkSpec {
     pub disks: Disks,
     /// The trust domain of whoever asks.
     pub domain: String,
+    /// Whether it stops when it has its identity, until [`Child::release`] or the
+    /// start of its container.
+    pub hold: bool,
 }
 
 impl Default for ForkSpec {
@@ -98,6 +101,7 @@ impl Default for ForkSpec {
             hostname: "child".into(),
             disks: Disks::default(),
             domain: DEFAULT_DOMAIN.into(),
+            hold: false,
         }
     }
 }
@@ -130,6 +134,7 @@ pub(crate) struct Request {
     pub(crate) asked: Moment,
     pub(crate) identity: Identity,
     pub(crate) disks: Disks,
+    pub(crate) hold: bool,
 }
 
 /// What a child in this process is, but for its VM.
@@ -137,6 +142,7 @@ struct Unborn {
     asked: Moment,
     generation: u64,
     root: Option<File>,
+    hold: bool,
     mailbox: Arc<Mailbox>,
 }
 
@@ -298,6 +304,7 @@ impl Template {
         let rest = Unborn {
             asked: request.asked,
             generation: request.identity.generation,
+            hold: request.hold,
             root: self.root_of(&request.disks)?,
             mailbox: Arc::clone(&mailbox),
         };
@@ -305,6 +312,7 @@ impl Template {
             disks: request.disks,
             patches: vec![(page::GPA, request.identity.to_bytes().to_vec())],
             events: mailbox.sink(console),
+            hold: request.hold,
         };
         Ok((birth, rest))
     }
@@ -313,7 +321,14 @@ impl Template {
         let mailbox = unborn.mailbox;
         let machine = Machine::Here(Local { vm, mailbox });
         let info = Arc::clone(&self.info);
-        Child::new(machine, unborn.generation, path, info, unborn.root)
+        Child::new(
+            machine,
+            unborn.generation,
+            path,
+            info,
+            unborn.root,
+            unborn.hold,
+        )
     }
 
     /// Checks a request, and draws the child's identity.
@@ -338,6 +353,7 @@ impl Template {
             asked,
             identity: identity::draw(&spec.hostname)?,
             disks,
+            hold: spec.hold,
         })
     }
 

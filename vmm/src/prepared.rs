@@ -39,6 +39,9 @@ pub struct Birth {
     pub patches: Vec<(u64, Vec<u8>)>,
     /// Where its events go.
     pub events: EventSink,
+    /// Whether the vCPU that applies its identity stops then, until
+    /// [`Vm::resume`].
+    pub hold: bool,
 }
 
 /// A VM that lacks only its identity and its disks. Dropping it ends it.
@@ -198,7 +201,7 @@ impl Prepared {
         // Loaded, and begun: nothing is left to be restored from.
         first.take(Seat::new(&self.host, &parts.kvm, self.first, None))?;
         parts.vcpus.insert(0, first);
-        go(parts, &birth.events)?;
+        go(parts, &birth.events, birth.hold)?;
         let Some(parts) = self.parts.parts.take() else {
             return Err(Error::Phase("gone"));
         };
@@ -214,7 +217,7 @@ impl Prepared {
 }
 
 /// Lets all vCPUs run; none does before all have begun.
-pub(crate) fn go(parts: &Parts, events: &EventSink) -> Result<(), Error> {
+pub(crate) fn go(parts: &Parts, events: &EventSink, hold: bool) -> Result<(), Error> {
     let bus = Arc::new(Bus::new(&parts.devices, &parts.io));
     let gate = Gate::new(parts.vcpus.len());
     // All arrivals first: a vCPU that cannot be told breaks the gate by that.
@@ -225,6 +228,7 @@ pub(crate) fn go(parts: &Parts, events: &EventSink) -> Result<(), Error> {
             bus: Arc::clone(&bus),
             events: Arc::clone(events),
             arrival,
+            hold,
         })))?;
     }
     Ok(())

@@ -157,7 +157,7 @@ impl Vm {
             restored: Moment::now(),
         };
         let vm = Self::new(host, parts, console, timeline);
-        prepared::go(vm.parts()?, events)?;
+        prepared::go(vm.parts()?, events, false)?;
         Ok(vm)
     }
 

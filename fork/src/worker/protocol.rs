@@ -33,7 +33,10 @@ pub(crate) enum ToWorker {
         identity: Vec<u8>,
         has_root: bool,
         has_writable: bool,
+        hold: bool,
     },
+    /// Let the guest go on, which was held.
+    Release,
     /// Connect to a port of the guest.
     Connect { port: u32 },
     /// Tell the guest's last words.
@@ -47,6 +50,7 @@ pub(crate) enum ToWorker {
 pub(crate) enum FromWorker {
     Prepared,
     Started(Timeline),
+    Released,
     /// With it: the stream.
     Connected,
     LastWords(Vec<String>),

@@ -81,6 +81,7 @@ impl Remote {
             identity: request.identity.to_bytes().to_vec(),
             has_root: disks.root.is_some(),
             has_writable: disks.writable.is_some(),
+            hold: request.hold,
         };
         self.ask(&message, &descriptors)
     }
@@ -114,6 +115,14 @@ impl Remote {
                 .next()
                 .map(UnixStream::from)
                 .ok_or_else(|| odd(&FromWorker::Connected)),
+            (other, _) => Err(odd(&other)),
+        }
+    }
+
+    pub(crate) fn release(&mut self) -> Result<(), Error> {
+        self.ask(&ToWorker::Release, &[])?;
+        match self.answer()? {
+            (FromWorker::Released, _) => Ok(()),
             (other, _) => Err(odd(&other)),
         }
     }

@@ -68,6 +68,7 @@ impl Worker {
                 identity,
                 has_root,
                 has_writable,
+                hold,
             } => {
                 let Life::Prepared(prepared) = self.take_life() else {
                     return Err(out_of_turn());
@@ -76,7 +77,7 @@ impl Worker {
                     root: has_root.then(|| with.next()).flatten(),
                     writable: has_writable.then(|| with.next()).flatten(),
                 };
-                let vm = self.start(*prepared, asked, &identity, disks)?;
+                let vm = self.start(*prepared, asked, &identity, disks, hold)?;
                 let timeline = vm.timeline();
                 self.life = Life::Running(Box::new(vm));
                 Ok((FromWorker::Started(timeline), Vec::new()))
@@ -85,6 +86,10 @@ impl Worker {
                 let stream = self.vm()?.connect(port);
                 let stream = stream.map_err(|e| format!("cannot connect to the agent: {e}"))?;
                 Ok((FromWorker::Connected, vec![stream.into()]))
+            }
+            ToWorker::Release => {
+                self.vm()?.resume().map_err(|e| e.to_string())?;
+                Ok((FromWorker::Released, Vec::new()))
             }
             ToWorker::LastWords => {
                 let words = last_words(self.vm()?.console_tail(CONSOLE_LINES));
@@ -116,6 +121,7 @@ impl Worker {
         asked: Moment,
         identity: &[u8],
         disks: Disks,
+        hold: bool,
     ) -> Result<Vm, String> {
         let console = prepared.console().clone();
         let socket = Arc::clone(&self.socket);
@@ -130,6 +136,7 @@ impl Worker {
             disks,
             patches: vec![(identity::GPA, identity.to_vec())],
             events: sink,
+            hold,
         };
         prepared.start(asked, birth).map_err(|e| e.to_string())
     }

@@ -68,6 +68,8 @@ pub(crate) struct Go {
     pub(crate) bus: Arc<Bus>,
     pub(crate) events: EventSink,
     pub(crate) arrival: Arrival,
+    /// Whether it stops when the guest has applied its identity.
+    pub(crate) hold: bool,
 }
 
 struct Context<'a> {
@@ -78,6 +80,7 @@ struct Context<'a> {
     events: EventSink,
     host_msrs: Arc<[u32]>,
     xsave_size: usize,
+    hold: bool,
     /// When it first entered the guest.
     entered: Moment,
     /// A guest says this once; a hostile one must not fill the channel.
@@ -122,6 +125,7 @@ fn run(id: u8, seat: Seat, go: Go, orders: &Receiver<Order>) {
         events: go.events,
         host_msrs: seat.host_msrs,
         xsave_size: seat.xsave_size,
+        hold: go.hold,
         entered: Moment::now(),
         identity_told: false,
     };
@@ -309,6 +313,9 @@ impl Context<'_> {
                         entered: self.entered,
                         at: now,
                     });
+                    if self.hold {
+                        return Next::Park;
+                    }
                 }
                 return Next::Run;
             }
