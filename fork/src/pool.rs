@@ -33,7 +33,7 @@ pub enum Place {
 pub struct PoolStats {
     /// Ready now.
     pub ready: usize,
-    /// As many as are to be kept ready.
+    /// As many as are to be kept ready; none after [`Pool::drain`].
     pub size: usize,
     /// Forks that found one ready.
     pub pooled: u64,
@@ -148,6 +148,12 @@ impl Pool {
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(())
+    }
+
+    /// Makes no more VMs: those that are ready are the last.
+    pub fn drain(&self) {
+        self.shared.lock().stats.size = 0;
+        self.shared.changed.notify_all();
     }
 
     /// What it has done.

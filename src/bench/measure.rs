@@ -175,6 +175,8 @@ impl Forks {
             Mode::PoolInprocess | Mode::PoolWorker => {
                 let pool = Pool::new(Arc::clone(&self.template), self.place.clone(), n)?;
                 pool.wait_full(FILLING * n as u32)?;
+                // Nothing else is made while these are measured.
+                pool.drain();
                 pool.fork_many((0..n).map(|_| spec()).collect())
             }
         };
