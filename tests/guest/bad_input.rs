@@ -104,7 +104,7 @@ fn a_kernel_or_agent_that_is_none_is_refused() {
 fn a_template_that_is_not_ours_is_refused_and_the_default_one_is_rebuilt() {
     type Spoil = fn(&Path);
     let cases: [(&str, Spoil); 5] = [
-        ("format 99", |t| edit(t, "\"format\": 1", "\"format\": 99")),
+        ("format 99", |t| edit(t, &format_now(), "\"format\": 99")),
         ("rebuild it here", |t| {
             edit(t, "\"family\": ", "\"family\": 1")
         }),
@@ -132,7 +132,7 @@ fn a_template_that_is_not_ours_is_refused_and_the_default_one_is_rebuilt() {
     let own = own_root();
     edit(
         &own.path().join("templates/default-256m-1c"),
-        "\"format\": 1",
+        &format_now(),
         "\"format\": 0",
     );
     let ran = Call::run_in(own.path(), &["busybox", "echo", "rebuilt"]).end();
@@ -141,6 +141,11 @@ fn a_template_that_is_not_ours_is_refused_and_the_default_one_is_rebuilt() {
         ran.err().contains("format 0") && ran.err().contains("rebuilding"),
         "{ran}"
     );
+}
+
+/// As a manifest of today has it.
+fn format_now() -> String {
+    format!("\"format\": {}", fork::FORMAT)
 }
 
 fn edit(template: &Path, from: &str, to: &str) {

@@ -24,6 +24,7 @@ fn an_installed_tree_runs_a_container_by_itself() {
     let prefix = variable("VM_RUN_TEST_PREFIX");
     for file in [
         "bin/vm-run",
+        "lib/vm-run/vm-run-worker",
         "lib/vm-run/vmlinux",
         "lib/vm-run/initramfs",
         "lib/vm-run/writable.blocks",
