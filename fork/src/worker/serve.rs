@@ -4,9 +4,10 @@ use super::packet;
 use super::protocol::{FromWorker, ToWorker};
 use crate::machine::{CONSOLE_LINES, News, last_words};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vm_run_abi::identity;
 use vmm::{Birth, Disks, EventSink, Host, Image, Moment, Prepared, Vm, VmState};
@@ -148,20 +149,38 @@ fn prepare(host: &Arc<Host>, image: File, memory: u64, state: File) -> Result<Pr
     Prepared::new(host, &image, &Arc::new(state)).map_err(|e| e.to_string())
 }
 
-/// Reads a state from the start of a file.
-pub(crate) fn read_state(mut file: File) -> io::Result<VmState> {
-    let mut bytes = Vec::new();
-    file.rewind()?;
-    file.take(STATE_MAX).read_to_end(&mut bytes)?;
-    postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData.into())
+/// Reads a state from a file that [`write_state`] has made, maybe in another process.
+pub(crate) fn read_state(file: File) -> io::Result<VmState> {
+    postcard::from_bytes(&contents(&file)?).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// Writes a state to a file of its own.
 pub(crate) fn write_state(state: &VmState) -> io::Result<File> {
-    let bytes = postcard::to_stdvec(state).map_err(io::Error::other)?;
-    let mut file = File::from(memfd_create("vm-run-state", MemfdFlags::CLOEXEC)?);
-    file.write_all(&bytes)?;
+    sealed(&postcard::to_stdvec(state).map_err(io::Error::other)?)
+}
+
+/// A file in memory that nobody can change: all workers of a template get one and the
+/// same, and none is to choose what the others restore.
+fn sealed(bytes: &[u8]) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file = File::from(memfd_create("vm-run-state", flags)?);
+    file.write_all(bytes)?;
+    let all = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    fcntl_add_seals(&file, all)?;
     Ok(file)
+}
+
+/// Reads by offsets: the position in the file is one for all who have it, and several
+/// workers may read at once.
+fn contents(file: &File) -> io::Result<Vec<u8>> {
+    let len = file.metadata()?.len();
+    if len > STATE_MAX {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    // No longer than STATE_MAX.
+    let mut bytes = vec![0; len as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
 }
 
 fn freeze(vm: Vm) -> Result<Answer, String> {
@@ -179,4 +198,29 @@ fn freeze(vm: Vm) -> Result<Answer, String> {
 
 fn out_of_turn() -> String {
     "the worker was asked out of turn".into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_is_the_same_for_all_who_share_its_file() {
+        let file = sealed(b"state").expect("a file");
+        let shared = file.try_clone().expect("cloned");
+        assert_eq!(contents(&file).expect("reads"), b"state");
+        assert_eq!(contents(&shared).expect("reads"), b"state");
+        for change in [shared.write_at(b"x", 0).map(drop), shared.set_len(0)] {
+            let error = change.expect_err("sealed");
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_no_state_is_not_read() {
+        let long = File::from(memfd_create("long", MemfdFlags::CLOEXEC).expect("a file"));
+        long.set_len(STATE_MAX + 1).expect("sized");
+        assert!(contents(&long).is_err());
+        assert!(read_state(sealed(b"").expect("a file")).is_err());
+    }
 }
