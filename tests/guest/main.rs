@@ -12,3 +12,4 @@ mod options;
 mod pages;
 mod streams;
 mod support;
+mod warm;

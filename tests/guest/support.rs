@@ -165,21 +165,28 @@ pub fn boot_timeout() -> Duration {
 /// has as a file.
 pub fn busybox_rootfs() -> File {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
-    let find = || {
-        let root = &world().root;
-        let images = Call::vm_run_in(root, &["image", "ls", "--json"]).end();
-        let images: serde_json::Value = serde_json::from_slice(&images.stdout).expect("JSON");
-        let size = images.as_array().into_iter().flatten().find_map(|image| {
-            let named = image["names"][0].as_str()?.starts_with("busybox");
-            named.then(|| image["size"].as_u64()).flatten()
-        });
-        let size = size.expect("busybox is listed");
-        listing(&root.join("images/rootfs"))
-            .into_iter()
-            .find(|path| path.metadata().is_ok_and(|meta| meta.len() == size))
-            .expect("busybox has a root file system")
-    };
-    File::open(PATH.get_or_init(find)).expect("opens")
+    File::open(PATH.get_or_init(|| rootfs("busybox"))).expect("opens")
+}
+
+/// The same of the image with python3.
+pub fn python_rootfs() -> File {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    File::open(PATH.get_or_init(|| rootfs(python()))).expect("opens")
+}
+
+fn rootfs(name: &str) -> PathBuf {
+    let root = &world().root;
+    let images = Call::vm_run_in(root, &["image", "ls", "--json"]).end();
+    let images: serde_json::Value = serde_json::from_slice(&images.stdout).expect("JSON");
+    let size = images.as_array().into_iter().flatten().find_map(|image| {
+        let named = image["names"][0].as_str()?.starts_with(name);
+        named.then(|| image["size"].as_u64()).flatten()
+    });
+    let size = size.expect("it is listed");
+    listing(&root.join("images/rootfs"))
+        .into_iter()
+        .find(|path| path.metadata().is_ok_and(|meta| meta.len() == size))
+        .expect("it has a root file system")
 }
 
 /// Forks a child that can run busybox.

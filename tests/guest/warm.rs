@@ -1,0 +1,235 @@
+//! Warm containers: a frozen Python answers in each child, with no start of its own.
+
+use crate::support::{PATIENCE, boot, python_rootfs};
+use fork::worker::{Jail, Limits, Workers, WorkersSpec};
+use fork::{
+    Child, ContainerSpec, Disks, ForkPath, ForkSpec, Kind, Place, Pool, ProcessSpec, Stream,
+    Template, Writable,
+};
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, OnceLock};
+
+/// It imports what it needs, says that it is warm, and evaluates lines. `again` makes
+/// it warm once more.
+const EVALUATOR: &str = r#"
+import json, os, secrets, socket, sys
+
+def warm(after):
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect(os.environ["VM_RUN_WARM"])
+        s.sendall(b"warm\n")
+        after()
+        return s.makefile().readline().split()[1]
+
+generation = warm(lambda: None)
+for line in sys.stdin:
+    if line == "again\n":
+        generation = warm(lambda: print("waiting", flush=True))
+        continue
+    try:
+        print(eval(line), flush=True)
+    except Exception as error:
+        print(repr(error), flush=True)
+"#;
+
+/// Children in all, and how many of them live at the same time.
+const CHILDREN: usize = 100;
+const AT_ONCE: usize = 20;
+
+fn process(args: &[&str], streams: &[Stream]) -> ProcessSpec {
+    ProcessSpec {
+        args: args.iter().map(|&word| word.to_owned()).collect(),
+        env: vec!["PATH=/usr/bin:/bin".into(), "LANG=C.UTF-8".into()],
+        cwd: "/".into(),
+        user: String::new(),
+        streams: streams.to_vec(),
+        window: None,
+    }
+}
+
+/// A template of a Python that is warm. All tests share it.
+fn template() -> Arc<Template> {
+    static TEMPLATE: OnceLock<Arc<Template>> = OnceLock::new();
+    let make = || {
+        let mut parent = boot(128, 1)
+            .fork(ForkSpec {
+                hostname: "parent".into(),
+                disks: Disks {
+                    root: Some(python_rootfs()),
+                    writable: None,
+                },
+                ..ForkSpec::default()
+            })
+            .expect("forks");
+        let container = ContainerSpec {
+            writable: Writable::Memory { limit: 16 << 20 },
+            warm: true,
+        };
+        let streams = [Stream::Stdin, Stream::Stdout];
+        let python = process(&["python3", "-c", EVALUATOR], &streams);
+        let _streams = parent.start(container, python).expect("starts");
+        parent.await_warm(PATIENCE).expect("says that it is warm");
+        Arc::new(parent.freeze("debian-python").expect("freezes"))
+    };
+    Arc::clone(TEMPLATE.get_or_init(make))
+}
+
+fn named(hostname: &str) -> ForkSpec {
+    ForkSpec {
+        hostname: hostname.into(),
+        ..ForkSpec::default()
+    }
+}
+
+/// A child, and a conversation with the Python in it.
+struct Python {
+    child: Child,
+    stdin: UnixStream,
+    stdout: BufReader<UnixStream>,
+}
+
+impl Python {
+    fn of(mut child: Child) -> Self {
+        let attached = child.attach(&[Stream::Stdin, Stream::Stdout]);
+        let streams = attached.expect("attaches");
+        let stdout = streams.stdout.expect("was asked for");
+        stdout.set_read_timeout(Some(PATIENCE)).expect("set");
+        Self {
+            child,
+            stdin: streams.stdin.expect("was asked for"),
+            stdout: BufReader::new(stdout),
+        }
+    }
+
+    fn fork(template: &Template, hostname: &str) -> Self {
+        Self::of(template.fork(named(hostname)).expect("forks"))
+    }
+
+    fn say(&mut self, line: &str) {
+        writeln!(self.stdin, "{line}").expect("it reads");
+    }
+
+    fn hear(&mut self) -> String {
+        let mut answer = String::new();
+        self.stdout.read_line(&mut answer).expect("it answers");
+        answer.trim_end().to_owned()
+    }
+
+    fn ask(&mut self, expression: &str) -> String {
+        self.say(expression);
+        self.hear()
+    }
+}
+
+#[test]
+fn a_warm_child_answers_with_no_exec() {
+    let template = template();
+    assert_eq!(template.kind(), Kind::Warm);
+    let mut python = Python::fork(&template, "warm-one");
+    assert_eq!(python.ask("1+1"), "2");
+    assert_eq!(python.ask("socket.gethostname()"), "warm-one");
+    // It is the process that said so in the parent: the first of its container.
+    assert_eq!(python.ask("os.getpid()"), "1");
+    assert_eq!(
+        python.ask("int(generation, 16) != 0 and len(generation)"),
+        "16"
+    );
+}
+
+#[test]
+fn a_hundred_warm_children_give_a_hundred_answers() {
+    let program = env!("CARGO_BIN_EXE_vm-run-worker").into();
+    let jail = Jail::On(Limits::default());
+    let workers = Arc::new(Workers::start(WorkersSpec { program, jail }).expect("a spawner"));
+    let place = Place::Workers(Arc::clone(&workers));
+    let pool = Pool::new(template(), place, AT_ONCE).expect("a pool");
+    let (mut tokens, mut generations) = (BTreeSet::new(), BTreeSet::new());
+    let mut pooled = 0;
+    for round in 0..CHILDREN / AT_ONCE {
+        pool.wait_full(PATIENCE).expect("fills");
+        let names: Vec<String> = (0..AT_ONCE).map(|i| format!("warm-{round}-{i}")).collect();
+        let forked = pool.fork_many(names.iter().map(|name| named(name)).collect());
+        let mut pythons: Vec<Python> = forked
+            .into_iter()
+            .map(|child| Python::of(child.expect("forks")))
+            .collect();
+        // All work at once; nobody waits for another's answer.
+        for python in &mut pythons {
+            python.say("1+1");
+            python.say("secrets.token_hex()");
+            python.say("generation");
+            python.say("socket.gethostname()");
+        }
+        for (python, name) in pythons.iter_mut().zip(&names) {
+            assert_eq!(python.hear(), "2");
+            tokens.insert(python.hear());
+            generations.insert(python.hear());
+            assert_eq!(&python.hear(), name);
+            pooled += usize::from(python.child.path() == ForkPath::Pooled);
+        }
+    }
+    assert_eq!(tokens.len(), CHILDREN, "all differ");
+    assert!(tokens.iter().all(|token| token.len() == 64));
+    assert_eq!(generations.len(), CHILDREN, "all differ");
+    assert_eq!(pooled, CHILDREN, "a full pool has one for each");
+    assert_eq!(workers.counts().expect("counts").violations, 0);
+}
+
+#[test]
+fn a_warm_child_can_be_frozen_in_its_turn() {
+    let mut parent = Python::fork(&template(), "second");
+    assert_eq!(parent.ask("(kept := 41)"), "41");
+    let first = parent.ask("generation");
+    parent.say("again");
+    assert_eq!(parent.hear(), "waiting");
+    let Python { child, .. } = parent;
+    let template = child.freeze("debian-python").expect("freezes again");
+    let mut generations = BTreeSet::from([first]);
+    let mut tokens = BTreeSet::new();
+    for name in ["third-a", "third-b"] {
+        let mut python = Python::fork(&template, name);
+        assert_eq!(python.ask("kept + 1"), "42");
+        assert_eq!(python.ask("socket.gethostname()"), name);
+        generations.insert(python.ask("generation"));
+        tokens.insert(python.ask("secrets.token_hex()"));
+    }
+    assert_eq!(generations.len(), 3, "{generations:?}");
+    assert_eq!(tokens.len(), 2);
+}
+
+#[test]
+fn a_process_runs_beside_the_warm_one() {
+    let mut python = Python::fork(&template(), "beside");
+    let script = "cat /proc/1/comm; hostname; exit 3";
+    let shell = process(&["sh", "-c", script], &[Stream::Stdout]);
+    let started = python.child.exec(shell).expect("execs");
+    let mut said = String::new();
+    let mut stdout = started.stdout.expect("was asked for");
+    stdout.set_read_timeout(Some(PATIENCE)).expect("set");
+    stdout.read_to_string(&mut said).expect("reads");
+    assert_eq!(said, "python3\nbeside\n");
+    let status = python.child.wait_for(started.remote.process());
+    assert_eq!(status.expect("ends").code(), 3);
+    assert_eq!(python.ask("6 * 7"), "42", "the warm one has not noticed");
+}
+
+#[test]
+fn a_warm_childs_end_is_told() {
+    let template = template();
+    let end = |end: fn(&mut Python)| {
+        let mut python = Python::fork(&template, "ends");
+        assert_eq!(python.ask("0"), "0");
+        end(&mut python);
+        python.child.wait().expect("ends").code()
+    };
+    assert_eq!(end(|python| python.say("sys.exit(7)")), 7);
+    let end_of_file = |python: &mut Python| {
+        let shut = python.stdin.shutdown(Shutdown::Write);
+        shut.expect("shuts down");
+    };
+    assert_eq!(end(end_of_file), 0, "its loop is over");
+    assert_eq!(end(|python| python.child.kill().expect("kills")), 137);
+}
