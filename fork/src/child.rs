@@ -405,28 +405,27 @@ impl Child {
     }
 
     fn await_identity(&mut self) -> Result<(), Error> {
-        let deadline = Instant::now() + TIMEOUT;
-        loop {
-            match self.next(Some(deadline))? {
-                Next::News(News::IdentityApplied {
-                    generation,
-                    entered,
-                    at,
-                }) => {
-                    self.stages.entered = Some(entered);
-                    if generation != self.generation {
-                        return Err(Error::Identity(": it has another child's".into()));
-                    }
-                    self.stages.confirmed = Some(at);
-                    return Ok(());
-                }
-                Next::News(News::Dead(why)) => return Err(Error::Identity(format!(": {why}"))),
-                Next::Timeout => {
-                    let tail = self.machine.console_tail().join(" | ");
-                    let seconds = TIMEOUT.as_secs();
-                    return Err(Error::Identity(format!(" in {seconds} s; console: {tail}")));
-                }
-                _ => return Err(Error::Identity(": it speaks out of turn".into())),
+        match self.next(Some(Instant::now() + TIMEOUT))? {
+            Next::News(News::IdentityApplied {
+                generation,
+                entered,
+                at,
+            }) if generation == self.generation => {
+                self.stages.entered = Some(entered);
+                self.stages.confirmed = Some(at);
+                Ok(())
+            }
+            Next::News(News::IdentityApplied { .. }) => {
+                Err(Error::Identity(": it has another child's".into()))
+            }
+            Next::News(News::Dead(why)) => Err(Error::Identity(format!(": {why}"))),
+            Next::Timeout => {
+                let tail = self.machine.console_tail().join(" | ");
+                let seconds = TIMEOUT.as_secs();
+                Err(Error::Identity(format!(" in {seconds} s; console: {tail}")))
+            }
+            Next::News(_) | Next::Heard(_) => {
+                Err(Error::Identity(": it speaks out of turn".into()))
             }
         }
     }
@@ -491,16 +490,14 @@ impl Child {
         };
         control.request(request, events)?;
         let remote = control.remote(id);
-        loop {
-            match self.answered()? {
-                Event::Started { process } if process == id => break,
-                Event::StartFailed {
-                    process,
-                    reason,
-                    message,
-                } if process == id => return Err(Error::Start { reason, message }),
-                _ => return Err(out_of_turn()),
-            }
+        match self.answered()? {
+            Event::Started { process } if process == id => {}
+            Event::StartFailed {
+                process,
+                reason,
+                message,
+            } if process == id => return Err(Error::Start { reason, message }),
+            _ => return Err(out_of_turn()),
         }
         if id == CONTAINER {
             self.stages.started = Some(Moment::now());

@@ -70,7 +70,7 @@ struct State {
 /// A VM that waits for its identity.
 #[derive(Debug)]
 enum Waiting {
-    Here(Prepared),
+    Here(Box<Prepared>),
     Worker(Remote),
 }
 
@@ -216,7 +216,7 @@ impl Shared {
 
     fn make(&self) -> Result<Waiting, Error> {
         match &self.place {
-            Place::ThisProcess => Ok(Waiting::Here(self.template.prepare()?)),
+            Place::ThisProcess => Ok(Waiting::Here(Box::new(self.template.prepare()?))),
             Place::Workers(workers) => {
                 let mut remote = Remote::spawn(workers)?;
                 remote.prepare(&self.template)?;
@@ -249,7 +249,7 @@ impl Shared {
             waiting,
         } = begun;
         match waiting {
-            Waiting::Here(prepared) => self.template.fork_here(prepared, request, path),
+            Waiting::Here(prepared) => self.template.fork_here(*prepared, request, path),
             Waiting::Worker(mut remote) => {
                 let root = self.template.root_of(&request.disks)?;
                 remote.started()?;

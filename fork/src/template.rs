@@ -12,7 +12,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vm_run_abi::identity::Identity;
 use vm_run_abi::protocol::Stream;
 use vm_run_abi::{VERSION, identity as page};
@@ -463,26 +463,22 @@ fn boot(host: &Host, config: &VmConfig, timeout: Duration) -> Result<(Image, VmS
     // The receiver outlives the VM; after that nobody is told anything.
     let sink: EventSink = Arc::new(move |event| drop(sender.send(event)));
     let vm = Vm::boot(host, config, &sink)?;
-    let deadline = Instant::now() + timeout;
     let console = || vm.console_tail(CONSOLE_LINES);
-    let version = loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        match events.recv_timeout(left) {
-            Ok(Event::ForkPoint { version, .. }) => break version,
-            Ok(event) => match News::of(&event, console) {
-                News::Dead(why) => return Err(Error::Boot(why)),
-                other => return Err(Error::Boot(format!("it said {other:?} out of turn"))),
-            },
-            Err(RecvTimeoutError::Timeout) => {
-                let seconds = timeout.as_secs();
-                let words = last_words(console()).join(" | ");
-                return Err(Error::Boot(format!(
-                    "it did not reach its fork point in {seconds} s; its last words: {words}"
-                )));
-            }
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(Error::Boot("its vCPUs ended".into()));
-            }
+    let version = match events.recv_timeout(timeout) {
+        Ok(Event::ForkPoint { version, .. }) => version,
+        Ok(event) => match News::of(&event, console) {
+            News::Dead(why) => return Err(Error::Boot(why)),
+            other => return Err(Error::Boot(format!("it said {other:?} out of turn"))),
+        },
+        Err(RecvTimeoutError::Timeout) => {
+            let seconds = timeout.as_secs();
+            let words = last_words(console()).join(" | ");
+            return Err(Error::Boot(format!(
+                "it did not reach its fork point in {seconds} s; its last words: {words}"
+            )));
+        }
+        Err(RecvTimeoutError::Disconnected) => {
+            return Err(Error::Boot("its vCPUs ended".into()));
         }
     };
     if version != u64::from(VERSION) {

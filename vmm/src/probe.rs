@@ -33,13 +33,11 @@ impl Host {
             payload: Payload::Micro(&micro::SYSCALL_PROBE),
         };
         let vm = Vm::boot(self, &config, &sink)?;
-        let isolation = loop {
-            match events.recv_timeout(Duration::from_secs(10)) {
-                Ok(Event::Answer { value: 0, .. }) => break Ok(Isolation::Hardware),
-                Ok(Event::Answer { .. }) => break Ok(Isolation::SyscallStaysInUserMode),
-                Ok(Event::Failed(reason)) => break Err(Error::Guest(reason)),
-                Ok(_) | Err(_) => break Err(Error::Unresponsive(0)),
-            }
+        let isolation = match events.recv_timeout(Duration::from_secs(10)) {
+            Ok(Event::Answer { value: 0, .. }) => Ok(Isolation::Hardware),
+            Ok(Event::Answer { .. }) => Ok(Isolation::SyscallStaysInUserMode),
+            Ok(Event::Failed(reason)) => Err(Error::Guest(reason)),
+            Ok(_) | Err(_) => Err(Error::Unresponsive(0)),
         };
         drop(vm);
         isolation
