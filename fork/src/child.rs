@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use vm_run_abi::VERSION;
 use vm_run_abi::protocol::{
     CONTAINER, ContainerSpec, Event, ExitStatus, Hello, PORT, ProcessId, ProcessSpec, Request,
-    Stream,
+    Stream, Writable,
 };
 use vmm::{Moment, Timeline};
 
@@ -179,12 +179,18 @@ impl Child {
     /// was not done.
     ///
     /// # Errors
-    /// A process that cannot be started, with docker's reason for it.
+    /// A process that cannot be started, with docker's reason for it. A warm
+    /// container on a disk: the child can still be given another.
     pub fn start(
         &mut self,
         container: ContainerSpec,
         process: ProcessSpec,
     ) -> Result<Process, Error> {
+        if container.warm && container.writable == Writable::Disk {
+            return Err(Error::Request(
+                "a warm container cannot have its writable layer on a disk, which its children would not have: keep it in guest memory",
+            ));
+        }
         self.expect_fresh(Kind::Bare, "has a container inside: attach to it")?;
         let streams = process.streams.clone();
         let warm = container.warm;

@@ -3,7 +3,7 @@
 use crate::support::{PATIENCE, boot, python_rootfs};
 use fork::worker::{Jail, Limits, Workers, WorkersSpec};
 use fork::{
-    Child, ContainerSpec, Disks, ForkPath, ForkSpec, Kind, Place, Pool, ProcessSpec, Stream,
+    Child, ContainerSpec, Disks, Error, ForkPath, ForkSpec, Kind, Place, Pool, ProcessSpec, Stream,
     Template, Writable,
 };
 use std::collections::BTreeSet;
@@ -64,12 +64,16 @@ fn template() -> Arc<Template> {
                 ..ForkSpec::default()
             })
             .expect("forks");
-        let container = ContainerSpec {
-            writable: Writable::Memory { limit: 16 << 20 },
+        let on = |writable| ContainerSpec {
+            writable,
             warm: true,
         };
         let streams = [Stream::Stdin, Stream::Stdout];
         let python = process(&["python3", "-c", EVALUATOR], &streams);
+        // Its children could not have that disk.
+        let refused = parent.start(on(Writable::Disk), python.clone());
+        assert!(matches!(refused, Err(Error::Request(_))), "{refused:?}");
+        let container = on(Writable::Memory { limit: 16 << 20 });
         let _streams = parent.start(container, python).expect("starts");
         parent.await_warm(PATIENCE).expect("says that it is warm");
         Arc::new(parent.freeze("debian-python").expect("freezes"))
