@@ -1,29 +1,55 @@
 //! Native VM fork, as a library: boot a guest once, freeze it, and fork children
 //! from it by copy-on-write.
 //!
+//! ```
+//! use fork::{BootSpec, ForkSpec, Host, Template};
+//! use std::sync::Arc;
+//!
+//! // A guest of a few instructions, which runs on any KVM.
+//! // With `guest: Some(..)` it is Linux, and children run containers.
+//! let host = Arc::new(Host::open()?);
+//! let template = Template::boot(host, &BootSpec::default())?;
+//!
+//! // Each child goes on where the parent was frozen, as somebody else.
+//! let mut answers = Vec::new();
+//! for name in ["one", "two", "three"] {
+//!     let hostname = name.to_string();
+//!     let mut child = template.fork(ForkSpec { hostname, ..ForkSpec::default() })?;
+//!     let answer = child.answer()?;
+//!     assert_eq!(answer, child.expected_answer());
+//!     answers.push(answer);
+//! }
+//! answers.sort_unstable();
+//! answers.dedup();
+//! assert_eq!(answers.len(), 3);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! That was in this process, where VMs share its fate and are few. A [`Pool`] forks
+//! into jailed processes of their own, which it makes ahead of time:
+//!
 //! ```no_run
 //! use fork::worker::{Jail, Limits, Workers, WorkersSpec, find_program};
 //! use fork::{BootSpec, ForkSpec, Host, Place, Pool, Template};
 //! use std::sync::Arc;
 //!
-//! // A guest of a few instructions: runs on any KVM. `guest: Some(..)` is Linux.
 //! let host = Arc::new(Host::open()?);
 //! let template = Arc::new(Template::boot(host, &BootSpec::default())?);
-//!
-//! // In this process, cold.
-//! let mut child = template.fork(ForkSpec::default())?;
-//! assert_eq!(child.answer()?, child.expected_answer());
-//!
-//! // Each in a jailed process of its own, from a pool that was filled ahead.
 //! let program = find_program().ok_or("no vm-run-worker")?;
 //! let jail = Jail::On(Limits::default());
 //! let workers = Arc::new(Workers::start(WorkersSpec { program, jail })?);
 //! let pool = Pool::new(template, Place::Workers(workers), 4)?;
-//! for mut child in pool.fork_many((0..4).map(|_| ForkSpec::default()).collect()).into_iter().flatten() {
-//!     assert_eq!(child.answer()?, child.expected_answer());
-//! }
+//! let mut child = pool.fork(ForkSpec::default())?;
+//! assert_eq!(child.answer()?, child.expected_answer());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! A child of a Linux guest runs a container: [`Child::start`] in a child of a
+//! [`Kind::Bare`] template, with the root image in [`ForkSpec::disks`];
+//! [`Child::attach`] in a child of a [`Kind::Warm`] one, whose container runs
+//! already. [`Child::await_warm`] and [`Child::freeze`] make a warm template of a
+//! child. `docs/library.md` tells the rest, and `docs/threat-model.md` who may share
+//! a template.
 //!
 //! Everything blocks; there is no async runtime, no global state and no panic
 //! that a guest or a file can reach. Dropping a [`Child`] ends its VM.
