@@ -66,21 +66,22 @@ for line in sys.stdin:
 fn main() -> Result<()> {
     let words: Vec<PathBuf> = env::args_os().skip(1).map(PathBuf::from).collect();
     let host = Arc::new(Host::open()?);
+    let place = Place::Workers(Arc::new(workers()?));
     let template = match words.as_slice() {
         [path, ..] if path.exists() => Template::open(host, path)?,
         [path, guest, rootfs] => {
-            build(Arc::clone(&host), guest, rootfs)?.save(path)?;
+            build(Arc::clone(&host), &place, guest, rootfs)?.save(path)?;
             // From disk, as the next run: all children share the page cache.
             Template::open(host, path)?
         }
         _ => bail!("usage: code_sandbox TEMPLATE [GUEST ROOTFS]"),
     };
-    let place = Place::Workers(Arc::new(workers()?));
     serve(&Pool::new(Arc::new(template), place, READY)?)
 }
 
-/// Boots a guest, runs Python in a child of it until that is warm, and freezes it.
-fn build(host: Arc<Host>, guest: &Path, rootfs: &Path) -> Result<Template> {
+/// Boots a guest, runs Python in a child of it until that is warm, and freezes it. The
+/// image's programs run in that child, so it too lives in a worker.
+fn build(host: Arc<Host>, place: &Place, guest: &Path, rootfs: &Path) -> Result<Template> {
     let bare = Template::boot(
         host,
         &BootSpec {
@@ -91,7 +92,8 @@ fn build(host: Arc<Host>, guest: &Path, rootfs: &Path) -> Result<Template> {
         },
     )?;
     let root = File::open(rootfs).with_context(|| format!("cannot open {}", rootfs.display()))?;
-    let mut parent = bare.fork(ForkSpec {
+    let parents = Pool::new(Arc::new(bare), place.clone(), 0)?;
+    let mut parent = parents.fork(ForkSpec {
         disks: Disks {
             root: Some(root),
             writable: None,
