@@ -249,6 +249,11 @@ pub const CALLS: &[(&str, Attempt)] = &[
     ("socket-alg", || raw(libc::SYS_socket, [38, 5, 0])),
     ("socket-vsock", || raw(libc::SYS_socket, [40, 1, 0])),
     ("socketpair-inet", || raw(libc::SYS_socketpair, [2, 1, 0])),
+    // A datagram can be sent to any name; on a stream it cannot.
+    ("socketpair-datagram", || {
+        let datagrams = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC;
+        raw(libc::SYS_socketpair, [1, datagrams.into(), 0])
+    }),
     ("connect", || raw(libc::SYS_connect, [3, 0, 0])),
     ("ptrace", || raw(libc::SYS_ptrace, [0, 0, 0])),
     ("fcntl-setown", || raw(libc::SYS_fcntl, [0, 8, 1])),

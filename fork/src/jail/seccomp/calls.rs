@@ -194,11 +194,16 @@ fn files() -> Vec<Call> {
 /// Streams between the guest's vsock and the owner: pairs, of which one end is handed
 /// over. There is no socket(2).
 fn sockets() -> Vec<Call> {
+    // Not datagrams: sendto(2) sends those to any socket by its name.
+    let stream = libc::SOCK_STREAM | libc::SOCK_CLOEXEC;
     vec![
         when(
             MAIN,
             libc::SYS_socketpair,
-            vec![vec![Check::Is(0, libc::AF_UNIX as u32)]],
+            vec![vec![
+                Check::Is(0, libc::AF_UNIX as u32),
+                Check::Is(1, stream as u32),
+            ]],
         ),
         always(MAIN, libc::SYS_recvmsg),
         // Events go to the owner from the thread on which they happen.
