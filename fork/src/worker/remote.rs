@@ -19,6 +19,10 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use vmm::{Image, Moment, Timeline, VmState};
 
+/// The most news that are kept while an answer is waited for. A guest makes one of each
+/// kind at most; a worker that sends more is not ours any longer.
+const NEWS_MAX: usize = 64;
+
 /// A worker process. Dropping it ends the worker.
 #[derive(Debug)]
 pub(crate) struct Remote {
@@ -204,6 +208,10 @@ impl Remote {
                 None => {
                     self.is_gone = true;
                     return Err(Error::WorkerGone("it was killed, or has crashed".into()));
+                }
+                Some((FromWorker::News(_), _)) if self.news.len() >= NEWS_MAX => {
+                    self.is_gone = true;
+                    return Err(Error::WorkerGone("it talks without end".into()));
                 }
                 Some((FromWorker::News(news), _)) => self.news.push_back(news),
                 Some((FromWorker::Failed(why), _)) => return Err(Error::Worker(why)),
