@@ -98,7 +98,8 @@ fuzz_target!(|input: Input| {
             .collect(),
     };
     let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
-    let Ok(transport) = MmioTransport::restore(device, memory.clone(), Arc::new(irq), &state) else {
+    let Ok(transport) = MmioTransport::restore(device, memory.clone(), Arc::new(irq), &state)
+    else {
         return;
     };
     let saved = transport.save();

@@ -38,6 +38,7 @@ fn an_installed_tree_runs_a_container_by_itself() {
     }
     // In a mount namespace of its own, which takes the mounts with it.
     let script = r#"
+        mount --bind "$1" "$1" && cd / || exit 99
         mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" || exit 99
         run() { env -i /usr/sbin/chroot "$ROOT" /opt/bin/vm-run --root /state "$@"; }
         ROOT=$1
