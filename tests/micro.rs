@@ -90,7 +90,7 @@ fn a_spoilt_template_is_refused() {
     type Spoil = fn(&Path);
     let cases: [(&str, Spoil); 5] = [
         ("has format 99", |t| {
-            edit(t, "\"format\": 2", "\"format\": 99")
+            edit(t, "\"format\": 3", "\"format\": 99")
         }),
         ("rebuild it here", |t| {
             edit(t, "\"family\": ", "\"family\": 1")

@@ -84,9 +84,8 @@ pub struct Child {
     next_process: ProcessId,
     /// The container's streams, to be closed when it is frozen.
     streams: Vec<UnixStream>,
-    /// What the container runs, and from which root image: for a template of it.
-    command: Vec<String>,
-    stream_kinds: Vec<Stream>,
+    /// What the container is, and from which root image: for a template of it.
+    container: Warm,
     root: Option<File>,
     /// Whether its VM stops, or has stopped, at the identity.
     is_held: bool,
@@ -117,10 +116,7 @@ impl Child {
         is_held: bool,
     ) -> Self {
         let fork = machine.timeline();
-        let (command, stream_kinds) = match &template.warm {
-            Some(warm) => (warm.command.clone(), warm.streams.clone()),
-            None => Default::default(),
-        };
+        let container = template.warm.clone().unwrap_or_default();
         Self {
             machine,
             control: None,
@@ -139,8 +135,7 @@ impl Child {
             is_warm: false,
             next_process: CONTAINER + 1,
             streams: Vec::new(),
-            command,
-            stream_kinds,
+            container,
             root,
             is_held,
         }
@@ -194,8 +189,14 @@ impl Child {
         self.expect_fresh(Kind::Bare, "has a container inside: attach to it")?;
         let streams = process.streams.clone();
         let warm = container.warm;
-        self.command.clone_from(&process.args);
-        self.stream_kinds.clone_from(&process.streams);
+        self.container = Warm {
+            image: String::new(),
+            command: process.args.clone(),
+            env: process.env.clone(),
+            cwd: process.cwd.clone(),
+            user: process.user.clone(),
+            streams: process.streams.clone(),
+        };
         let request = Request::StartContainer { container, process };
         // Started and Exited; and Warm, where it may come.
         let events = 2 + u32::from(warm);
@@ -309,8 +310,7 @@ impl Child {
         self.await_fork_point()?;
         let warm = Warm {
             image: image.into(),
-            command: self.command,
-            streams: self.stream_kinds,
+            ..self.container
         };
         let (memory, state) = self.machine.freeze()?;
         Ok(Template::frozen(

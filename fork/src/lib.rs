@@ -80,8 +80,10 @@ pub use stats::ChildStats;
 pub use store::{FORMAT, Manifest};
 pub use template::{BootSpec, DEFAULT_DOMAIN, ForkSpec, Kind, Template, Warm};
 pub use vm_run_abi::protocol::{
-    ContainerSpec, ExitStatus, ProcessId, ProcessSpec, StartFailure, Stream, WindowSize, Writable,
+    CONTAINER, ContainerSpec, ExitStatus, ProcessId, ProcessSpec, StartFailure, Stream, WindowSize,
+    Writable,
 };
 pub use vmm::{
-    Cpu, Disks, Host, HostError, Isolation, Moment, Timeline, VMS_PER_PROCESS, VmCounts,
+    Cpu, Disks, Error as VmError, Host, HostError, Isolation, Moment, Timeline, VMS_PER_PROCESS,
+    VmCounts,
 };

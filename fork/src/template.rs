@@ -38,13 +38,20 @@ pub enum Kind {
 }
 
 /// The container inside a warm template.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Warm {
     /// What people call its image.
     pub image: String,
     /// The command line of its first process.
     pub command: Vec<String>,
+    /// What its first process was started with, `NAME=value` each: what
+    /// [`Child::exec`](crate::Child::exec) is usually given, with `cwd` and `user`.
+    pub env: Vec<String>,
+    /// The directory in which it was started.
+    pub cwd: String,
+    /// The user, as the image or whoever started it said; empty for root.
+    pub user: String,
     /// The streams that its first process has.
     pub streams: Vec<Stream>,
 }

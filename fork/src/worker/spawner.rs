@@ -21,7 +21,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// What both programs must be of: they are installed together.
@@ -69,10 +69,27 @@ pub struct Counts {
 /// The spawner. Dropping it ends all workers, and returns when they are gone.
 #[derive(Debug)]
 pub struct Workers {
-    /// One request and its answer at a time. `None`: an exchange was broken off.
-    socket: Mutex<Option<OwnedFd>>,
+    line: Mutex<Line>,
     spawner: Child,
     missing: Vec<String>,
+}
+
+/// To the spawner: one request and its answer at a time, but for one worker that was
+/// asked for ahead.
+#[derive(Debug)]
+struct Line {
+    /// `None`: an exchange was broken off.
+    socket: Option<OwnedFd>,
+    ahead: Ahead,
+}
+
+/// A worker that was asked for before it is needed.
+#[derive(Debug)]
+enum Ahead {
+    None,
+    /// The answer is the next to come.
+    Asked,
+    Come(Reply, Option<OwnedFd>),
 }
 
 /// From the owner to the spawner.
@@ -125,7 +142,10 @@ impl Workers {
             .spawn()
             .map_err(Error::io(&program, "cannot start it"))?;
         let mut this = Self {
-            socket: Mutex::new(Some(socket)),
+            line: Mutex::new(Line {
+                socket: Some(socket),
+                ahead: Ahead::None,
+            }),
             spawner,
             missing: Vec::new(),
         };
@@ -145,6 +165,20 @@ impl Workers {
         &self.missing
     }
 
+    /// Has one worker started, and does not wait for it: it is what the next
+    /// [`Self::spawn`] returns, which is then faster.
+    ///
+    /// # Errors
+    /// When the spawner has died.
+    pub fn spawn_ahead(&self) -> Result<(), Error> {
+        let mut line = self.lock();
+        if matches!(line.ahead, Ahead::None) {
+            line.send(&Request::Spawn)?;
+            line.ahead = Ahead::Asked;
+        }
+        Ok(())
+    }
+
     /// Starts a worker and waits until it is in its jail. Returns the socket to it and
     /// its pid. The worker ends when the socket is closed; nobody else needs to reap it.
     ///
@@ -152,8 +186,15 @@ impl Workers {
     /// What kept the worker from its jail.
     #[doc(hidden)]
     pub fn spawn(&self) -> Result<(OwnedFd, Pid), Error> {
-        let (pid, socket) = match self.ask(&Request::Spawn)? {
+        // The lock is not held meanwhile.
+        let ahead = self.lock().take_ahead()?;
+        let reply = match ahead {
+            Some(reply) => reply,
+            None => self.ask(&Request::Spawn)?,
+        };
+        let (pid, socket) = match reply {
             (Reply::Spawned { pid }, Some(socket)) => (pid, socket),
+            (Reply::Failed(line), _) => return Err(Error::Jail(line)),
             (other, _) => return Err(unexpected(other)),
         };
         let pid = Pid::from_raw(pid).ok_or_else(|| unexpected(Reply::Spawned { pid }))?;
@@ -184,28 +225,68 @@ impl Workers {
         }
     }
 
-    /// One exchange. One that fails is the last: a late answer would be taken for
-    /// the next request's.
-    fn ask(&self, request: &Request) -> Result<(Reply, Option<OwnedFd>), Error> {
-        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        let exchange = |socket: &OwnedFd| {
-            packet::send(socket, request, &[])?;
-            packet::receive::<Reply>(socket)
-        };
-        let answer = match socket.as_ref().map(exchange) {
-            Some(Ok(Some(answer))) => answer,
-            Some(Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => {
-                *socket = None;
-                return Err(Error::spawner("the spawner's packet")(error));
-            }
-            _ => {
-                *socket = None;
-                return Err(Error::Jail("the spawner of workers has died".into()));
-            }
-        };
-        match answer {
+    fn lock(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ask(&self, request: &Request) -> Result<Answer, Error> {
+        match self.lock().exchange(request)? {
             (Reply::Failed(line), _) => Err(Error::Jail(line)),
-            (reply, descriptors) => Ok((reply, descriptors.into_iter().next())),
+            answer => Ok(answer),
+        }
+    }
+}
+
+/// With the descriptor that came with it.
+type Answer = (Reply, Option<OwnedFd>);
+
+/// A step that fails is the last: a late answer would be taken for the next request's.
+impl Line {
+    fn exchange(&mut self, request: &Request) -> Result<Answer, Error> {
+        if let Ahead::Asked = self.ahead {
+            let (reply, socket) = self.receive()?;
+            self.ahead = Ahead::Come(reply, socket);
+        }
+        self.send(request)?;
+        self.receive()
+    }
+
+    /// The worker that was asked for ahead, once the spawner has answered.
+    fn take_ahead(&mut self) -> Result<Option<Answer>, Error> {
+        match std::mem::replace(&mut self.ahead, Ahead::None) {
+            Ahead::None => Ok(None),
+            Ahead::Asked => self.receive().map(Some),
+            Ahead::Come(reply, socket) => Ok(Some((reply, socket))),
+        }
+    }
+
+    fn send(&mut self, request: &Request) -> Result<(), Error> {
+        let sent = self
+            .socket
+            .as_ref()
+            .map(|socket| packet::send(socket, request, &[]));
+        match sent {
+            Some(Ok(())) => Ok(()),
+            Some(Err(error)) => Err(self.broken(Some(error))),
+            None => Err(self.broken(None)),
+        }
+    }
+
+    fn receive(&mut self) -> Result<Answer, Error> {
+        match self.socket.as_ref().map(packet::receive::<Reply>) {
+            Some(Ok(Some((reply, descriptors)))) => Ok((reply, descriptors.into_iter().next())),
+            Some(Err(error)) => Err(self.broken(Some(error))),
+            Some(Ok(None)) | None => Err(self.broken(None)),
+        }
+    }
+
+    fn broken(&mut self, error: Option<io::Error>) -> Error {
+        self.socket = None;
+        match error {
+            Some(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                Error::spawner("the spawner's packet")(error)
+            }
+            _ => Error::Jail("the spawner of workers has died".into()),
         }
     }
 }
@@ -231,10 +312,10 @@ fn readable(fd: impl AsFd, limit: Duration) -> Result<bool, Error> {
 impl Drop for Workers {
     fn drop(&mut self) {
         // The end of this socket is what tells the spawner.
-        *self
-            .socket
+        self.line
             .get_mut()
-            .unwrap_or_else(PoisonError::into_inner) = None;
+            .unwrap_or_else(PoisonError::into_inner)
+            .socket = None;
         if let Err(error) = end(&mut self.spawner) {
             log::error!("the spawner of workers did not end: {error}");
         }
