@@ -1,5 +1,12 @@
 //! Forks of a guest of a few instructions: they run on any KVM.
 
+#[path = "micro/census.rs"]
+mod census;
+#[path = "micro/pool.rs"]
+mod pool;
+#[path = "micro/soak.rs"]
+mod soak;
+
 use fork::{BootSpec, Disks, Error, ForkSpec, Host, Kind, Template};
 use std::fs::File;
 use std::path::Path;

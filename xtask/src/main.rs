@@ -33,7 +33,8 @@ enum Task {
     Demo(demo::Args),
     /// Run every test, on a host that can run it
     Test(test::Args),
-    /// What is too long for every change: another host kernel, a user's kernel, fuzzing
+    /// What is too long for every change: ten thousand forks, another host kernel, a
+    /// user's kernel, fuzzing
     Soak(soak::Args),
     /// Formatting, lints, dependencies and licences, arrows between crates
     Check,

@@ -15,10 +15,29 @@ pub struct Args {
     /// How long each fuzz target runs, in seconds; 0 leaves fuzzing out
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     fuzz: u32,
+    /// Only the forks of the guest of a few instructions
+    #[arg(long)]
+    forks_only: bool,
 }
 
 /// Each part in turn; the first failure ends it.
 pub fn run(args: &Args) -> Result<()> {
+    step("forks and exits by the ten thousand, and a thousand children at once");
+    host::run(&mut cargo(&[
+        "test",
+        "--locked",
+        "--release",
+        "--package",
+        "vm-run",
+        "--test",
+        "soak",
+        "--",
+        "--test-threads=1",
+        "--nocapture",
+    ]))?;
+    if args.forks_only {
+        return Ok(());
+    }
     step("the guest tests on the oldest host kernel that is supported");
     test::guest_tests(vmhost::HostKernel::Linux61, "")?;
     step("a user's own kernel: Debian's configuration and the options of docs/kernel.md");
