@@ -14,10 +14,12 @@ mod state_dir;
 mod stdio;
 mod templates;
 mod terminal;
+mod warm;
 mod workers;
 
 use args::{Args, Command};
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::process::ExitCode;
 
 /// vm-run's own failures, as docker has them.
@@ -39,6 +41,9 @@ fn main() -> ExitCode {
         .filter_level(args.log)
         .format_target(false)
         .init();
+    if let Err(error) = raise_descriptors() {
+        log::warn!("the limit of open files stays as it is: {error}");
+    }
     match dispatch(args) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
@@ -46,6 +51,19 @@ fn main() -> ExitCode {
             ExitCode::from(run::exit_code(&error).unwrap_or(FAILED))
         }
     }
+}
+
+/// A child in a worker costs its owner a descriptor, and there may be a thousand;
+/// the usual soft limit is 1024.
+fn raise_descriptors() -> rustix::io::Result<()> {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: maximum,
+            maximum,
+        },
+    )
 }
 
 /// An error and its causes in one line; a cause that is in the line already, as

@@ -1,15 +1,17 @@
 //! `vm-run run`: what was typed, the checked plan, one fork.
 
+mod warm;
+
 use crate::args::size;
 use crate::image::{self, ImageConfig, Store};
-use crate::stdio::Stdio;
+use crate::stdio::{self, Stdio};
 use crate::templates::{self, MachineArgs};
 use crate::workers::{self, JailArgs};
 use crate::{disk, guest, signals};
 use anyhow::{Context, Result, bail};
 use fork::{
-    ContainerSpec, Disks, Error, ForkSpec, Host, Moment, Place, Pool, ProcessSpec, StartFailure,
-    Stream, Writable,
+    CONTAINER, ContainerSpec, Disks, Error, ForkSpec, Host, Moment, Place, Pool, ProcessSpec,
+    StartFailure, Stream, Template, Writable,
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -48,7 +50,8 @@ pub struct RunArgs {
     /// Keep the writable layer in guest memory, at most so much, and not on disk
     #[arg(long, value_name = "SIZE", value_parser = size)]
     writable_memory: Option<u64>,
-    /// Fork this template and not the default one
+    /// Fork this template and not the default one. If a container is inside, it
+    /// goes on; no IMAGE is given, and a command after -- runs beside it
     #[arg(long, value_name = "NAME")]
     template: Option<String>,
     #[command(flatten)]
@@ -82,34 +85,45 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
     let asked = Moment::now();
     // First: the worker comes up while the rest is found.
     let workers = workers::start(args.jail)?;
-    let plan = Plan::new(args, root)?;
+    workers.spawn_ahead()?;
     let host = Arc::new(Host::open()?);
-    let template = templates::for_run(root, host, args.template.as_deref(), &args.machine)?;
-    let rootfs = File::open(&plan.rootfs)
-        .with_context(|| format!("cannot open {}", plan.rootfs.display()))?;
-    let writable = match plan.container.writable {
-        Writable::Disk => {
-            let empty = guest::find(&guest::GuestArgs::default())?.writable;
-            Some(disk::new_disk(&empty, root)?)
-        }
-        _ => None,
+    let named = match &args.template {
+        Some(name) => Some(templates::open(root, Arc::clone(&host), name)?),
+        None => None,
+    };
+    let inside = named.as_ref().and_then(Template::warm);
+    let plan = match inside {
+        Some(inside) => warm::plan(args, inside, std::env::args_os())?,
+        None => plan(args, root)?,
+    };
+    let template = match named {
+        Some(template) => template,
+        None => templates::default_for(root, host, &args.machine, &args.domain)?,
     };
     let signals = signals::Catcher::new()?;
     let stdio = Stdio::new(args.tty, args.interactive)?;
     let pool = Pool::new(Arc::new(template), Place::Workers(workers), 0)?;
     let mut child = pool.fork(ForkSpec {
         hostname: plan.hostname,
-        disks: Disks {
-            root: Some(rootfs),
-            writable,
-        },
+        disks: plan.disks,
         domain: args.domain.clone(),
         ..ForkSpec::default()
     })?;
-    let process = child.start(plan.container, plan.process)?;
+    let process = match plan.work {
+        Work::Start(container, process) => child.start(container, process)?,
+        Work::GoOn(streams) => child.attach(&streams)?,
+        Work::Beside(streams, process) => {
+            stdio::discard(child.attach(&streams)?)?;
+            child.exec(process)?
+        }
+    };
+    let id = process.remote.process();
     signals.forward_to(process.remote.clone())?;
     let streams = stdio.connect(process)?;
-    let status = child.wait()?;
+    let status = match id {
+        CONTAINER => child.wait()?,
+        beside => child.wait_for(beside)?,
+    };
     let first_output = streams.finish()?;
     let stages = child.stages();
     drop(child);
@@ -135,75 +149,110 @@ pub fn exit_code(error: &anyhow::Error) -> Option<u8> {
 
 /// What is to be done, checked as far as it can be before the fork.
 struct Plan {
-    rootfs: PathBuf,
     hostname: String,
-    container: ContainerSpec,
-    process: ProcessSpec,
+    disks: Disks,
+    work: Work,
 }
 
-impl Plan {
-    fn new(args: &RunArgs, root: &Path) -> Result<Self> {
-        let store = Store::open(root)?;
-        let (rootfs, config, command) = match &args.rootfs {
-            Some(path) if path.is_dir() => {
-                let image = image::rootfs_from_dir(&store, path)?;
-                (image, ImageConfig::default(), &args.words[..])
-            }
-            Some(path) => (path.clone(), ImageConfig::default(), &args.words[..]),
-            None => {
-                let (name, command) = args
-                    .words
-                    .split_first()
-                    .context("no IMAGE: name one, or give --rootfs PATH")?;
-                let image = store.resolve(name)?;
-                log::info!("{name} is {}", image.id);
-                (image.rootfs, image.config, command)
-            }
-        };
-        let argv = command_line(args, &config, command);
-        if argv.is_empty() {
-            bail!("no command: the image names none, so give one");
+/// What happens in the child.
+enum Work {
+    /// A container is started.
+    Start(ContainerSpec, ProcessSpec),
+    /// The container inside goes on, with these streams.
+    GoOn(Vec<Stream>),
+    /// A process is started beside the container inside, of which nobody sees these
+    /// streams.
+    Beside(Vec<Stream>, ProcessSpec),
+}
+
+/// The plan for a child of a bare template.
+fn plan(args: &RunArgs, root: &Path) -> Result<Plan> {
+    let store = Store::open(root)?;
+    let (rootfs, config, command) = match &args.rootfs {
+        Some(path) if path.is_dir() => {
+            let image = image::rootfs_from_dir(&store, path)?;
+            (image, ImageConfig::default(), &args.words[..])
         }
-        let streams = match (args.tty, args.interactive) {
-            (true, _) => vec![Stream::Terminal],
-            (false, true) => vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
-            (false, false) => vec![Stream::Stdout, Stream::Stderr],
-        };
-        let hostname = match &args.hostname {
-            Some(name) => name.clone(),
-            None => random_id()?,
-        };
-        let writable = match (args.read_only, args.writable_memory) {
-            (true, Some(_)) => bail!("--read-only and --writable-memory exclude each other"),
-            (true, None) => Writable::Nothing,
-            (false, Some(limit)) => Writable::Memory { limit },
-            (false, None) => Writable::Disk,
-        };
-        let mut env = config.env;
-        if args.tty && !env.iter().any(|e| e.starts_with("TERM=")) {
-            env.push("TERM=xterm".into());
+        Some(path) => (path.clone(), ImageConfig::default(), &args.words[..]),
+        None => {
+            let (name, command) = args
+                .words
+                .split_first()
+                .context("no IMAGE: name one, or give --rootfs PATH")?;
+            let image = store.resolve(name)?;
+            log::info!("{name} is {}", image.id);
+            (image.rootfs, image.config, command)
         }
-        for word in &args.env {
-            set_env(&mut env, word);
-        }
-        let cwd = args.workdir.clone().unwrap_or(config.working_dir);
-        Ok(Self {
-            rootfs,
-            hostname,
-            container: ContainerSpec {
+    };
+    let argv = command_line(args, &config, command);
+    if argv.is_empty() {
+        bail!("no command: the image names none, so give one");
+    }
+    let writable = match (args.read_only, args.writable_memory) {
+        (true, Some(_)) => bail!("--read-only and --writable-memory exclude each other"),
+        (true, None) => Writable::Nothing,
+        (false, Some(limit)) => Writable::Memory { limit },
+        (false, None) => Writable::Disk,
+    };
+    let mut env = terminal_env(args, config.env);
+    for word in &args.env {
+        set_env(&mut env, word);
+    }
+    let cwd = args.workdir.clone().unwrap_or(config.working_dir);
+    let process = ProcessSpec {
+        args: argv,
+        env,
+        cwd: if cwd.is_empty() { "/".into() } else { cwd },
+        user: args.user.clone().unwrap_or(config.user),
+        streams: streams(args),
+        window: crate::terminal::window_size(),
+    };
+    Ok(Plan {
+        hostname: hostname(args)?,
+        disks: Disks {
+            root: Some(
+                File::open(&rootfs).with_context(|| format!("cannot open {}", rootfs.display()))?,
+            ),
+            writable: match writable {
+                Writable::Disk => {
+                    let empty = guest::find(&guest::GuestArgs::default())?.writable;
+                    Some(disk::new_disk(&empty, root)?)
+                }
+                _ => None,
+            },
+        },
+        work: Work::Start(
+            ContainerSpec {
                 writable,
                 warm: false,
             },
-            process: ProcessSpec {
-                args: argv,
-                env,
-                cwd: if cwd.is_empty() { "/".into() } else { cwd },
-                user: args.user.clone().unwrap_or(config.user),
-                streams,
-                window: crate::terminal::window_size(),
-            },
-        })
+            process,
+        ),
+    })
+}
+
+fn hostname(args: &RunArgs) -> Result<String> {
+    match &args.hostname {
+        Some(name) => Ok(name.clone()),
+        None => random_id(),
     }
+}
+
+/// The streams of a process that is started.
+fn streams(args: &RunArgs) -> Vec<Stream> {
+    match (args.tty, args.interactive) {
+        (true, _) => vec![Stream::Terminal],
+        (false, true) => vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
+        (false, false) => vec![Stream::Stdout, Stream::Stderr],
+    }
+}
+
+/// As docker has it: a process on a terminal has a TERM.
+fn terminal_env(args: &RunArgs, mut env: Vec<String>) -> Vec<String> {
+    if args.tty && !env.iter().any(|e| e.starts_with("TERM=")) {
+        env.push("TERM=xterm".into());
+    }
+    env
 }
 
 /// Entrypoint and command as docker puts them together: a new entrypoint drops

@@ -52,8 +52,11 @@ impl Stdio {
             }
             outputs.push(output("terminal-out", terminal, io::stdout())?);
         }
-        if let Some(stdin) = stdin {
-            input("stdin", stdin)?;
+        match stdin {
+            Some(stdin) if self.interactive => input("stdin", stdin)?,
+            // One that the container has closed already is no error.
+            Some(stdin) => drop(stdin.shutdown(Shutdown::Write)),
+            None => {}
         }
         if let Some(stdout) = stdout {
             outputs.push(output("stdout", stdout, io::stdout())?);
@@ -66,6 +69,37 @@ impl Stdio {
             _raw: self.raw,
         })
     }
+}
+
+/// Copies all that a process without a terminal says to our standard error. Its
+/// input is the caller's to keep open.
+///
+/// # Errors
+/// No thread.
+pub fn to_stderr(process: Process) -> Result<Copies> {
+    let mut outputs = Vec::new();
+    for (name, from) in [("stdout", process.stdout), ("stderr", process.stderr)] {
+        if let Some(from) = from {
+            outputs.push(output(name, from, io::stderr())?);
+        }
+    }
+    Ok(Copies {
+        outputs,
+        _raw: None,
+    })
+}
+
+/// Reads all that a process says and drops it, so that it does not stop.
+///
+/// # Errors
+/// No thread.
+pub fn discard(process: Process) -> Result<()> {
+    let from = [process.stdout, process.stderr, process.terminal];
+    for from in from.into_iter().flatten() {
+        // Nobody waits for its end.
+        drop(output("discarded", from, io::sink())?);
+    }
+    Ok(())
 }
 
 impl Copies {

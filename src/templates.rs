@@ -3,6 +3,7 @@
 use crate::args::size;
 use crate::guest::{self, GuestArgs};
 use crate::progress::{Bar, Progress};
+use crate::warm::{self, WarmArgs};
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use fork::{BootSpec, Host, Manifest, Template};
@@ -23,9 +24,10 @@ pub const BOOT_TIMEOUT: &str = "10";
 /// What can be done with templates.
 #[derive(Debug, Subcommand)]
 pub enum TemplateCommand {
-    /// Boot a parent and freeze it
+    /// Boot a parent and freeze it: bare, or with a warm container inside
     Build {
-        /// The template's name [default: the one that `run` looks for]
+        /// The template's name [default: the one that `run` looks for; with
+        /// --image, the image's]
         #[arg(long)]
         name: Option<String>,
         #[command(flatten)]
@@ -35,6 +37,11 @@ pub enum TemplateCommand {
         /// More words for the kernel's command line
         #[arg(long, value_name = "WORDS", default_value = "")]
         cmdline: String,
+        /// The trust domain whose children share the template's memory
+        #[arg(long, value_name = "NAME", default_value = fork::DEFAULT_DOMAIN)]
+        domain: String,
+        #[command(flatten)]
+        warm: Box<WarmArgs>,
     },
     /// List templates
     Ls {
@@ -85,16 +92,30 @@ pub fn cli(command: TemplateCommand, root: &Path) -> Result<()> {
             machine,
             guest,
             cmdline,
+            domain,
+            warm,
         } => {
-            let name = name.unwrap_or_else(|| default_name(&machine));
-            let dir = shelf.dir(&name)?;
-            if dir.exists() {
-                bail!(
-                    "there is a template {name} already: remove it first, or choose another name"
-                );
+            let inside = warm.image.as_deref().zip(warm.warm.as_deref());
+            let name = match (name, inside) {
+                (Some(name), _) => name,
+                (None, Some((image, _))) => name_of_image(image),
+                (None, None) => default_name(&machine, &domain)?,
+            };
+            check_name("trust domain", &domain)?;
+            let dir = shelf.free(&name)?;
+            match inside {
+                Some(inside) => {
+                    let template = warm::build(&warm, inside, &machine, &domain, root)?;
+                    let _lock = shelf.lock()?;
+                    // Somebody else may have taken the name meanwhile.
+                    save(&template, &shelf.free(&name)?)?;
+                }
+                None => {
+                    let _lock = shelf.lock()?;
+                    let spec = boot_spec(&machine, &guest, &cmdline, &domain)?;
+                    save(&boot(&spec, Arc::new(Host::open()?))?, &dir)?;
+                }
             }
-            let _lock = shelf.lock()?;
-            build(&dir, &machine, &guest, &cmdline, Arc::new(Host::open()?))?;
             writeln!(out, "{name}")?;
         }
         TemplateCommand::Ls { json } => list(&shelf, json, &mut out)?,
@@ -129,16 +150,17 @@ impl Shelf {
 
     /// A template's directory. Names become paths, so they are checked here.
     fn dir(&self, name: &str) -> Result<PathBuf> {
-        let legal = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
-        if name.len() > 128
-            || !name.starts_with(|c: char| c.is_ascii_alphanumeric())
-            || !name.chars().all(legal)
-        {
-            bail!(
-                "{name:?} is no template name: letters, digits, _ . -, and a letter or digit first"
-            );
-        }
+        check_name("template name", name)?;
         Ok(self.0.join(name))
+    }
+
+    /// The directory of a template that is not there yet.
+    fn free(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.dir(name)?;
+        if dir.exists() {
+            bail!("there is a template {name} already: remove it first, or choose another name");
+        }
+        Ok(dir)
     }
 
     fn existing(&self, name: &str) -> Result<PathBuf> {
@@ -176,26 +198,56 @@ impl Shelf {
     }
 }
 
-fn default_name(machine: &MachineArgs) -> String {
-    format!("default-{}m-{}c", machine.memory >> 20, machine.cpus)
+fn is_legal(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "_.-".contains(c)
 }
 
-/// The template named `name`, or the default one for such a machine, which is
-/// built if it is missing, was made elsewhere, or from another guest.
+fn check_name(what: &str, name: &str) -> Result<()> {
+    let first = |c: char| c.is_ascii_alphanumeric();
+    if name.len() > 128 || !name.starts_with(first) || !name.chars().all(is_legal) {
+        bail!("{name:?} is no {what}: letters, digits, _ . -, and a letter or digit first");
+    }
+    Ok(())
+}
+
+/// Those of another domain are others.
+fn default_name(machine: &MachineArgs, domain: &str) -> Result<String> {
+    check_name("trust domain", domain)?;
+    let name = format!("default-{}m-{}c", machine.memory >> 20, machine.cpus);
+    Ok(match domain {
+        fork::DEFAULT_DOMAIN => name,
+        other => format!("{other}.{name}"),
+    })
+}
+
+/// What is legal in an image's name and not in a template's becomes a `-`.
+fn name_of_image(image: &str) -> String {
+    let legal = |c| if is_legal(c) { c } else { '-' };
+    image.chars().map(legal).collect()
+}
+
+/// The template with this name.
 ///
 /// # Errors
-/// No such template, a spoilt one, or a guest that does not boot.
-pub fn for_run(
+/// No such template, or a spoilt one.
+pub fn open(root: &Path, host: Arc<Host>, name: &str) -> Result<Template> {
+    let dir = Shelf::open(root)?.existing(name)?;
+    Ok(Template::open(host, &dir)?)
+}
+
+/// The default template of a domain for such a machine. It is built if it is
+/// missing, was made elsewhere, or from another guest.
+///
+/// # Errors
+/// A guest that does not boot.
+pub fn default_for(
     root: &Path,
     host: Arc<Host>,
-    name: Option<&str>,
     machine: &MachineArgs,
+    domain: &str,
 ) -> Result<Template> {
     let shelf = Shelf::open(root)?;
-    if let Some(name) = name {
-        return Ok(Template::open(host, &shelf.existing(name)?)?);
-    }
-    let dir = shelf.dir(&default_name(machine))?;
+    let dir = shelf.dir(&default_name(machine, domain)?)?;
     if let Some(template) = usable(&dir, &host) {
         return Ok(template);
     }
@@ -207,7 +259,8 @@ pub fn for_run(
     if dir.exists() {
         remove(&dir)?;
     }
-    build(&dir, machine, &GuestArgs::default(), "", Arc::clone(&host))?;
+    let spec = boot_spec(machine, &GuestArgs::default(), "", domain)?;
+    save(&boot(&spec, Arc::clone(&host))?, &dir)?;
     // From disk, as the next run will: all children share the page cache.
     Ok(Template::open(host, &dir)?)
 }
@@ -240,26 +293,32 @@ fn usable(dir: &Path, host: &Arc<Host>) -> Option<Template> {
     Some(template)
 }
 
-fn build(
-    dir: &Path,
+fn boot_spec(
     machine: &MachineArgs,
     chosen: &GuestArgs,
     cmdline: &str,
-    host: Arc<Host>,
-) -> Result<()> {
-    let found = guest::find(chosen)?;
-    let progress = Bar::default();
-    progress.begin("booting the template", None);
-    let spec = BootSpec {
+    domain: &str,
+) -> Result<BootSpec> {
+    Ok(BootSpec {
         memory: machine.memory,
         vcpus: machine.cpus,
-        guest: Some(found.guest),
+        guest: Some(guest::find(chosen)?.guest),
         cmdline: cmdline.into(),
         timeout: Duration::from_secs(machine.boot_timeout),
-        ..BootSpec::default()
-    };
-    let template = Template::boot(host, &spec)?;
+        domain: domain.into(),
+    })
+}
+
+fn boot(spec: &BootSpec, host: Arc<Host>) -> Result<Template> {
+    let progress = Bar::default();
+    progress.begin("booting the template", None);
+    let template = Template::boot(host, spec)?;
     progress.end();
+    Ok(template)
+}
+
+fn save(template: &Template, dir: &Path) -> Result<()> {
+    let progress = Bar::default();
     progress.begin("writing the template", None);
     template.save(dir)?;
     progress.end();
@@ -285,7 +344,9 @@ fn list(shelf: &Shelf, json: bool, out: &mut impl Write) -> Result<()> {
             .map(|(name, m)| {
                 serde_json::json!({
                     "name": name, "kind": m.kind, "memory": m.memory_bytes,
-                    "vcpus": m.vcpus, "created": m.created, "image": null,
+                    "vcpus": m.vcpus, "created": m.created, "domain": m.domain,
+                    "image": m.warm.as_ref().map(|w| &w.image),
+                    "command": m.warm.as_ref().map(|w| &w.command),
                 })
             })
             .collect();
@@ -301,10 +362,11 @@ fn list(shelf: &Shelf, json: bool, out: &mut impl Write) -> Result<()> {
         let kind = serde_json::to_value(m.kind)?;
         writeln!(
             out,
-            "{name:<32} {:<6} {:>6} MiB {:>5}  -",
+            "{name:<32} {:<6} {:>6} MiB {:>5}  {}",
             kind.as_str().unwrap_or_default(),
             m.memory_bytes >> 20,
-            m.vcpus
+            m.vcpus,
+            m.warm.as_ref().map_or("-", |warm| &warm.image),
         )?;
     }
     Ok(())
@@ -322,4 +384,34 @@ fn remove(dir: &Path) -> Result<()> {
         .with_context(|| format!("cannot remove {}", dir.display()))?;
     away.close()
         .with_context(|| format!("cannot remove all of {}", dir.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_become_no_other_paths() {
+        for bad in ["", "..", ".new-x", "a/b", "-x", "\u{e9}", &"x".repeat(129)] {
+            assert!(check_name("template name", bad).is_err(), "{bad}");
+        }
+        for image in ["busybox", "host:5000/a/b:1.2", "a@sha256:0123"] {
+            let name = name_of_image(image);
+            check_name("template name", &name).expect(&name);
+        }
+        assert_eq!(name_of_image("host:5000/a/b:1.2"), "host-5000-a-b-1.2");
+    }
+
+    #[test]
+    fn each_domain_has_default_templates_of_its_own() {
+        let machine = MachineArgs {
+            memory: 256 << 20,
+            cpus: 1,
+            boot_timeout: 1,
+        };
+        let name = |domain| default_name(&machine, domain);
+        assert_eq!(name("default").expect("legal"), "default-256m-1c");
+        assert_eq!(name("tenant").expect("legal"), "tenant.default-256m-1c");
+        assert!(name("../x").is_err());
+    }
 }

@@ -13,3 +13,4 @@ mod pages;
 mod streams;
 mod support;
 mod warm;
+mod warm_cli;

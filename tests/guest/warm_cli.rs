@@ -1,0 +1,158 @@
+//! Warm templates on the command line.
+
+use crate::support::{Call, Ran, field, listing, own_root};
+use rustix::process::Signal;
+use std::path::Path;
+
+/// Says something, is warm, says which child it is, reads a line, ends.
+const ANSWERS: &str = "echo warming; echo slowly >&2; g=$(/run/vm-run/warm) || exit 1
+    echo child=$g; read line && echo line=$line; echo host=$(hostname); exit 7";
+
+/// Is warm, and runs until it is told to end.
+const SERVES: &str = "trap 'echo term; exit 43' TERM; g=$(/run/vm-run/warm)
+    echo ready; while :; do sleep 1 & wait; done";
+
+fn build(root: &Path, name: &str, line: &str) -> Ran {
+    let args = ["--name", name, "--image", "busybox", "--warm", line];
+    Call::template_build_in(root, &args).end()
+}
+
+fn template<const N: usize>(root: &Path, args: [&str; N]) -> Ran {
+    let ran = Call::vm_run_in(root, &[&["template"], &args[..]].concat()).end();
+    assert_eq!((ran.status, ran.err()), (0, String::new()), "{ran}");
+    ran
+}
+
+#[test]
+fn a_container_goes_on_in_each_child() {
+    let own = own_root();
+    let root = own.path();
+    let built = build(root, "w", ANSWERS);
+    assert_eq!((built.status, built.out()), (0, "w\n".into()), "{built}");
+    assert_eq!(built.err(), "warming\nslowly\n", "what it said meanwhile");
+
+    let with_input = Call::run_in(root, &["-i", "--template", "w", "--hostname", "hal"]);
+    let first = with_input.end_with(b"hi\n");
+    assert_eq!((first.status, first.err()), (7, String::new()), "{first}");
+    let out = first.out();
+    assert_eq!((field(&out, "line"), field(&out, "host")), ("hi", "hal"));
+    // Without -i its input is at its end.
+    let second = Call::run_in(root, &["--template", "w"]).end_with(b"hi\n");
+    assert_eq!((second.status, second.err()), (7, String::new()));
+    assert!(!second.out().contains("line="), "{second}");
+    let other = second.out();
+    assert_ne!(field(&out, "child"), field(&other, "child"));
+
+    let table = template(root, ["ls"]).out();
+    let row = table.lines().find(|row| row.starts_with("w "));
+    let row: Vec<&str> = row.expect("is listed").split_whitespace().collect();
+    assert_eq!(row, ["w", "warm", "256", "MiB", "1", "busybox"]);
+    let listed = template(root, ["ls", "--json"]);
+    let listed: serde_json::Value = serde_json::from_slice(&listed.stdout).expect("JSON");
+    let listed = listed.as_array().into_iter().flatten();
+    let found = listed.clone().find(|t| t["name"] == "w").expect("listed");
+    assert_eq!(
+        (&found["kind"], &found["image"]),
+        (&"warm".into(), &"busybox".into())
+    );
+    assert_eq!(found["command"][2], ANSWERS);
+    let manifest = template(root, ["inspect", "--verify", "w"]);
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest.stdout).expect("JSON");
+    assert_eq!(manifest["warm"]["image"], "busybox");
+
+    template(root, ["rm", "w"]);
+    let line = Call::run_in(root, &["--template", "w"]).refused(125);
+    assert!(line.contains("no template w"), "{line}");
+}
+
+#[test]
+fn signals_and_commands_reach_the_container_inside() {
+    let own = own_root();
+    let root = own.path();
+    let built = build(root, "serves", SERVES);
+    assert_eq!(built.status, 0, "{built}");
+
+    let mut running = Call::run_in(root, &["--template", "serves"]).start();
+    running.expect("ready");
+    running.signal(Signal::TERM);
+    let ran = running.end();
+    assert_eq!(
+        (ran.status, ran.out()),
+        (43, "ready\nterm\n".into()),
+        "{ran}"
+    );
+
+    let script = "grep -c ready /proc/1/cmdline; cat; echo err >&2; exit 5";
+    let args = ["-i", "--template", "serves", "--", "sh", "-c", script];
+    let ran = Call::run_in(root, &args).end_with(b"typed\n");
+    let told = (ran.status, ran.out(), ran.err());
+    assert_eq!(told, (5, "1\ntyped\n".into(), "err\n".into()));
+    let args = ["--template", "serves", "--", "no-such-command"];
+    Call::run_in(root, &args).refused(127);
+
+    let refused: [&[&str]; 5] = [
+        &["busybox"],
+        &["-e", "A=1"],
+        &["-u", "root", "--", "id"],
+        &["-w", "/", "--", "pwd"],
+        &["--entrypoint", "sh"],
+    ];
+    for words in refused {
+        let line = Call::run_in(root, &[&["--template", "serves"], words].concat()).refused(125);
+        assert!(line.contains("cannot be chosen"), "{words:?}: {line}");
+    }
+}
+
+#[test]
+fn a_container_that_is_not_warm_leaves_nothing() {
+    let own = own_root();
+    let root = own.path();
+    let before = listing(root);
+    let ended = build(root, "t", "echo last words; exit 3");
+    assert_eq!((ended.status, ended.out()), (125, String::new()), "{ended}");
+    let lines: Vec<String> = ended.err().lines().map(String::from).collect();
+    assert!(
+        lines.len() == 2 && lines[0] == "last words" && lines[1].contains("ended with status 3"),
+        "{ended}"
+    );
+    let args = ["--image", "busybox", "--warm-timeout", "2", "--warm"];
+    let line = Call::template_build_in(root, &args)
+        .args(&["sleep 1000"])
+        .refused(125);
+    assert!(line.contains("in 2 s"), "{line}");
+    let line = Call::template_build_in(root, &args)
+        .args(&[r#"["/no/such"]"#])
+        .refused(127);
+    assert!(line.contains("/no/such"), "{line}");
+    assert_eq!(listing(root), before);
+}
+
+/// Default templates and warm ones belong to a domain, and a child of another is
+/// refused.
+#[test]
+fn a_trust_domain_has_templates_of_its_own() {
+    let own = own_root();
+    let root = own.path();
+    let ran = Call::run_in(root, &["--domain", "tenant", "busybox", "echo", "mine"]).end();
+    assert_eq!((ran.status, ran.out()), (0, "mine\n".into()), "{ran}");
+    let name = "tenant.default-256m-1c";
+    assert!(template(root, ["ls"]).out().contains(name));
+    let line = Call::run_in(root, &["--template", name, "busybox", "true"]).refused(125);
+    assert!(line.contains("trust domain"), "{line}");
+    let line = Call::run_in(root, &["--domain", "../x", "busybox", "true"]).refused(125);
+    assert!(line.contains("trust domain"), "{line}");
+
+    let args = [
+        "--domain", "tenant", "--image", "busybox", "--warm", ANSWERS,
+    ];
+    let built = Call::template_build_in(root, &args).end();
+    assert_eq!(
+        (built.status, built.out()),
+        (0, "busybox\n".into()),
+        "{built}"
+    );
+    let ran = Call::run_in(root, &["--domain", "tenant", "--template", "busybox"]).end();
+    assert_eq!(ran.status, 7, "{ran}");
+    let line = Call::run_in(root, &["--template", "busybox"]).refused(125);
+    assert!(line.contains("trust domain"), "{line}");
+}
