@@ -17,11 +17,17 @@ use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use vmm::{Image, Moment, Timeline, VmState};
 
 /// The most news that are kept while an answer is waited for. A guest makes one of each
 /// kind at most; a worker that sends more is not ours any longer.
 const NEWS_MAX: usize = 64;
+
+/// How long a worker may take to answer, or to end. It needs milliseconds, and a
+/// second for each gibibyte to hand over a frozen memory; the rest is for a host that
+/// is very busy, or emulated.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A worker process. Dropping it ends the worker.
 #[derive(Debug)]
@@ -179,12 +185,7 @@ impl Remote {
 
     /// Whether the process is still there.
     pub(crate) fn is_alive(&self) -> bool {
-        let mut ends = [PollFd::new(&self.socket, PollFlags::empty())];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        matches!(poll(&mut ends, Some(&now)), Ok(0))
+        !self.is_ready(PollFlags::empty(), Duration::ZERO)
     }
 
     /// Ends it, and waits until it has.
@@ -192,8 +193,26 @@ impl Remote {
         if let Err(error) = shutdown(&self.socket, Shutdown::Write) {
             log::debug!("a worker was gone already: {error}");
         }
-        let mut ends = [PollFd::new(&self.socket, PollFlags::empty())];
-        while poll(&mut ends, None) == Err(Errno::INTR) {}
+        // Its end: nothing else is asked for.
+        if !self.is_ready(PollFlags::empty(), PATIENCE) {
+            log::warn!("the worker {} does not end", self.pid.as_raw_nonzero());
+        }
+    }
+
+    /// Waits for one of the events, or the worker's end.
+    fn is_ready(&self, events: PollFlags, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: left.subsec_nanos().into(),
+            };
+            match poll(&mut [PollFd::new(&self.socket, events)], Some(&left)) {
+                Err(Errno::INTR) => {}
+                ready => return matches!(ready, Ok(1..)),
+            }
+        }
     }
 
     fn ask(&self, request: &ToWorker, with: &[BorrowedFd<'_>]) -> Result<(), Error> {
@@ -203,6 +222,11 @@ impl Remote {
     /// The answer to a request; news are kept.
     fn answer(&mut self) -> Result<(FromWorker, Vec<OwnedFd>), Error> {
         loop {
+            if !self.is_ready(PollFlags::IN, PATIENCE) {
+                self.is_gone = true;
+                let seconds = PATIENCE.as_secs();
+                return Err(Error::WorkerGone(format!("no answer in {seconds} s")));
+            }
             let received = packet::receive(&self.socket);
             match received.map_err(|e: io::Error| Error::WorkerGone(e.to_string()))? {
                 None => {
