@@ -10,6 +10,7 @@
 use crate::agent::{Control, Heard, Remote};
 use crate::error::Error;
 use crate::machine::{Machine, News};
+use crate::stages::{ForkPath, Stages};
 use crate::stats::ChildStats;
 use crate::template::{Kind, Template, TemplateInfo, Warm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -26,7 +27,7 @@ use vm_run_abi::protocol::{
     CONTAINER, ContainerSpec, Event, ExitStatus, Hello, PORT, ProcessId, ProcessSpec, Request,
     Stream, Writable,
 };
-use vmm::{Moment, Timeline};
+use vmm::Moment;
 
 /// How long a child may take from its first instruction to having its identity,
 /// and the agent to answer a request. It needs milliseconds; the rest is for a
@@ -43,30 +44,6 @@ enum Phase {
     Started,
     Ended,
     Poisoned,
-}
-
-/// What was ready when a child was asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ForkPath {
-    /// Nothing: its VM was made at the fork.
-    Cold,
-    /// A pool had its VM.
-    Pooled,
-}
-
-/// When a child reached each stage. What has not happened is `None`.
-#[derive(Debug, Clone, Copy)]
-pub struct Stages {
-    /// The fork itself.
-    pub fork: Timeline,
-    /// The first vCPU entered the guest.
-    pub entered: Option<Moment>,
-    /// The guest had applied its identity, or a guest without Linux had answered.
-    pub confirmed: Option<Moment>,
-    /// The container's process had passed its exec, or was attached to.
-    pub started: Option<Moment>,
-    /// The container's exit was known.
-    pub exited: Option<Moment>,
 }
 
 /// A forked VM. Dropping it ends the VM at once, whatever runs in it.

@@ -1,9 +1,10 @@
 //! A pool: VMs of one template made ahead of time, so that a fork has only to
 //! give one its identity and let it run.
 
-use crate::child::{Child, ForkPath};
+use crate::child::Child;
 use crate::error::Error;
 use crate::machine::Machine;
+use crate::stages::ForkPath;
 use crate::template::{ForkSpec, Request, Template};
 use crate::worker::{Remote, Workers};
 use std::collections::VecDeque;

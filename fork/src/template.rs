@@ -1,10 +1,11 @@
 //! A template: a frozen parent, from which children are forked.
 
-use crate::child::{Child, ForkPath};
+use crate::child::Child;
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::identity;
 use crate::machine::{CONSOLE_LINES, Local, Machine, Mailbox, News, last_words};
+use crate::stages::ForkPath;
 use crate::store::{self, Contents, Manifest};
 use crate::worker::write_state;
 use serde::{Deserialize, Serialize};
