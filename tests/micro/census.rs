@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What is counted, each under a name.
-pub type Census = BTreeMap<&'static str, usize>;
+pub type Census = BTreeMap<String, usize>;
 
 /// Counts what this process has: descriptors, threads, mappings of a VM's memory and
 /// vCPUs, child processes at any depth, cgroups of the spawners `spawners` (by pid),
@@ -18,14 +18,32 @@ pub type Census = BTreeMap<&'static str, usize>;
 pub fn census(spawners: &[u32], directory: &Path) -> Census {
     let maps = fs::read_to_string("/proc/self/maps").expect("reads");
     let is_of_a_vm = |line: &&str| line.contains("vm-run") || line.contains("kvm");
-    BTreeMap::from([
-        ("descriptors", entries(Path::new("/proc/self/fd"))),
-        ("threads", entries(Path::new("/proc/self/task"))),
-        ("mappings", maps.lines().filter(is_of_a_vm).count()),
-        ("processes", descendants().len()),
-        ("cgroups", cgroups(spawners)),
-        ("files", files(directory)),
-    ])
+    let mut all = descriptors();
+    all.extend([
+        ("threads".into(), entries(Path::new("/proc/self/task"))),
+        ("mappings".into(), maps.lines().filter(is_of_a_vm).count()),
+        ("processes".into(), descendants().len()),
+        ("cgroups".into(), cgroups(spawners)),
+        ("files".into(), files(directory)),
+    ]);
+    all
+}
+
+/// The open descriptors, by what they are of: `fd anon_inode:kvm-vm`.
+fn descriptors() -> Census {
+    let mut found = Census::new();
+    for entry in fs::read_dir("/proc/self/fd").expect("lists").flatten() {
+        // The one that lists is gone by now.
+        if let Ok(target) = fs::read_link(entry.path()) {
+            let target = target.display().to_string();
+            // Without the number of a socket or a pipe.
+            let kind = target.split('[').next().filter(|kind| kind.ends_with(':'));
+            *found
+                .entry(format!("fd {}", kind.unwrap_or(&target)))
+                .or_default() += 1;
+        }
+    }
+    found
 }
 
 /// All mappings of this process. The C library keeps some for threads to come, so it
@@ -33,6 +51,18 @@ pub fn census(spawners: &[u32], directory: &Path) -> Census {
 pub fn all_mappings() -> usize {
     let maps = fs::read_to_string("/proc/self/maps").expect("reads");
     maps.lines().count()
+}
+
+/// What `now` gives when it gives the same twice: a VM that waits in a pool still has
+/// devices made by a thread of its own.
+pub fn at_rest<T: PartialEq>(now: impl Fn() -> T) -> T {
+    loop {
+        let seen = now();
+        std::thread::sleep(Duration::from_millis(200));
+        if now() == seen {
+            return seen;
+        }
+    }
 }
 
 /// Waits until `now` gives what was there before.

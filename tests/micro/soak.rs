@@ -1,6 +1,6 @@
 //! Many forks and exits in a row, and what they leave: nothing.
 
-use super::census::{all_mappings, await_same, census, spawners};
+use super::census::{all_mappings, at_rest, await_same, census, spawners};
 use super::{boot, child};
 use fork::worker::{Jail, Limits, Workers, WorkersSpec};
 use fork::{Host, Place, Pool, Template};
@@ -62,7 +62,7 @@ pub fn in_this_process(n: usize) {
         fork_and_end(&cold);
         fork_and_end(&pooled);
     }
-    let (before, mappings, ended) = (settled(), all_mappings(), host.vms().ended);
+    let (before, mappings, ended) = (at_rest(settled), all_mappings(), host.vms().ended);
     let begin = Instant::now();
     for i in 0..n {
         fork_and_end(if i % 2 == 0 { &cold } else { &pooled });
@@ -109,7 +109,7 @@ pub fn in_workers(n: usize) {
         let counts = workers.counts().expect("a spawner");
         counts.started - counts.gone
     });
-    let before = waiting();
+    let before = at_rest(waiting);
     let begin = Instant::now();
     for _ in 0..n {
         fork_and_end(&pool);
@@ -133,7 +133,7 @@ pub fn in_workers(n: usize) {
     await_same("without a spawner", &nobody, || {
         let mut now = census(&spawners, directory.path());
         // The state in a file, for workers, is the template's from then on.
-        now.entry("descriptors").and_modify(|count| *count -= 1);
+        now.remove("fd /memfd:vm-run-state (deleted)");
         now
     });
 }
