@@ -31,7 +31,7 @@ pub fn start(args: JailArgs) -> Result<Arc<Workers>> {
     let program = find_program().context("no worker program")?;
     let workers = Workers::start(WorkersSpec { program, jail })?;
     for missing in workers.missing() {
-        eprintln!("vm-run: the jail lacks {missing}");
+        eprintln!("vm-run: the jail has {missing}");
     }
     Ok(Arc::new(workers))
 }
