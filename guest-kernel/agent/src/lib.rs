@@ -35,6 +35,5 @@ pub mod serve;
 pub mod spawn;
 pub mod streams;
 pub mod sys;
-pub mod trial;
 pub mod user;
 pub mod warm;
