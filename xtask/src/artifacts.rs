@@ -50,6 +50,37 @@ pub fn build(args: &[&str]) -> Result<Vec<Executable>> {
     Ok(executables)
 }
 
+/// The program, and its workers' program, which it looks for beside itself.
+#[derive(Debug)]
+pub struct Programs {
+    /// vm-run.
+    pub vm_run: PathBuf,
+    /// vm-run-worker.
+    pub worker: PathBuf,
+}
+
+/// Builds both, as `profile` (`--release`, or nothing) says.
+pub fn programs(profile: &[&str]) -> Result<Programs> {
+    let args = [
+        &["build", "--locked", "--package", "vm-run", "--bins"],
+        profile,
+    ]
+    .concat();
+    let executables = build(&args)?;
+    let find = |name: &str| {
+        let found = executables
+            .iter()
+            .find(|executable| executable.name == name);
+        found
+            .map(|executable| executable.path.clone())
+            .with_context(|| format!("cargo {} made no {name}", args.join(" ")))
+    };
+    Ok(Programs {
+        vm_run: find("vm-run")?,
+        worker: find("vm-run-worker")?,
+    })
+}
+
 /// The one executable called `name` that `args` builds.
 pub fn build_one(args: &[&str], name: &str) -> Result<PathBuf> {
     build(args)?

@@ -1,6 +1,6 @@
 //! `cargo xtask demo`: one parent, ten children, two images.
 
-use crate::artifacts::build_one;
+use crate::artifacts::programs;
 use crate::vmhost::{self, Options};
 use crate::{guest, host, images};
 use anyhow::{Context, Result, bail, ensure};
@@ -75,7 +75,7 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some([program, guest, images @ ..]) = args.inside.as_deref() {
         return children(program, guest, images);
     }
-    let program = build_one(&["build", "--locked", "--bin", "vm-run"], "vm-run")?;
+    let program = programs(&[])?.vm_run;
     let words: [PathBuf; 4] = [
         program,
         guest::ensure()?,

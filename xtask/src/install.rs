@@ -1,6 +1,6 @@
 //! `cargo xtask install`: a tree that runs with neither cargo nor a checkout.
 
-use crate::artifacts::build_one;
+use crate::artifacts::{Programs, programs};
 use crate::guest;
 use anyhow::{Context, Result};
 use std::fs;
@@ -23,9 +23,7 @@ pub fn run(args: &Args) -> Result<()> {
 /// Builds an optimised vm-run, its workers' program and the guest, and copies them;
 /// returns the program.
 pub fn into(prefix: &Path) -> Result<PathBuf> {
-    let optimised = |name| build_one(&["build", "--locked", "--release", "--bin", name], name);
-    let program = optimised("vm-run")?;
-    let worker = optimised("vm-run-worker")?;
+    let Programs { vm_run, worker } = programs(&["--release"])?;
     let guest = guest::ensure()?;
     let lib = prefix.join("lib/vm-run");
     place(&worker, &lib, "vm-run-worker")?;
@@ -33,7 +31,7 @@ pub fn into(prefix: &Path) -> Result<PathBuf> {
         place(&guest.join(name), &lib, name)?;
     }
     // Last: it finds the rest in place.
-    place(&program, &prefix.join("bin"), "vm-run")?;
+    place(&vm_run, &prefix.join("bin"), "vm-run")?;
     Ok(prefix.join("bin/vm-run"))
 }
 

@@ -86,8 +86,7 @@ fn run(task: Task) -> Result<()> {
 
 /// Micro guests run on any KVM, so here; Linux guests under `cargo xtask vmhost`.
 fn bench(words: &[String]) -> Result<()> {
-    let build = ["build", "--locked", "--release", "--bin", "vm-run"];
-    let program = artifacts::build_one(&build, "vm-run")?;
+    let program = artifacts::programs(&["--release"])?.vm_run;
     host::run(
         std::process::Command::new(program)
             .args(["bench", "fork"])

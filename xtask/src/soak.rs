@@ -1,7 +1,7 @@
 //! `cargo xtask soak`: what is too long for every change, and is run before an
 //! issue is called resolved.
 
-use crate::artifacts::{build_one, cargo};
+use crate::artifacts::{cargo, programs};
 use crate::{guest, host, images, kernel, test, vmhost};
 use anyhow::{Context, Result, bail};
 use std::ffi::OsString;
@@ -58,7 +58,7 @@ fn users_own_kernel() -> Result<()> {
         "$1" --root "$root" run --template own busybox uname -sr
     "#;
     let words: [OsString; 4] = [
-        build_one(&["build", "--locked", "--bin", "vm-run"], "vm-run")?.into(),
+        programs(&[])?.vm_run.into(),
         guest::ensure()?.into(),
         kernel::ensure_debian()?.into(),
         images::ensure_busybox()?.into(),
