@@ -1,8 +1,8 @@
 //! How many pages of its own a child has, counted from the host. docs/faults.md
 //! says what they are, and what keeps them few.
 
-use crate::support::{boot, busybox_rootfs, variable};
-use fork::{Child, ContainerSpec, Disks, ForkSpec, ProcessSpec, Stream, Template, Writable};
+use crate::support::{boot, busybox_rootfs, fork_with, variable};
+use fork::{Child, ContainerSpec, Disks, ProcessSpec, Stream, Template, Writable};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::Read;
@@ -89,14 +89,7 @@ fn fork(template: &Template) -> Child {
         root: Some(busybox_rootfs()),
         writable: Some(disk::new_disk(&blocks, &std::env::temp_dir()).expect("a disk")),
     };
-    let hostname = "pages".into();
-    template
-        .fork(ForkSpec {
-            hostname,
-            disks,
-            ..ForkSpec::default()
-        })
-        .expect("forks")
+    fork_with(template, "pages", disks)
 }
 
 #[test]

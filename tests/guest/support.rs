@@ -195,6 +195,11 @@ pub fn fork_busybox(template: &Template, hostname: &str) -> Child {
         root: Some(busybox_rootfs()),
         writable: None,
     };
+    fork_with(template, hostname, disks)
+}
+
+/// Forks a child with these disks.
+pub fn fork_with(template: &Template, hostname: &str, disks: fork::Disks) -> Child {
     let hostname = hostname.into();
     template
         .fork(ForkSpec {
