@@ -7,15 +7,15 @@
 //! A child has no thread: whoever calls it waits, for the VM's news and the
 //! agent's events together.
 
-use crate::agent::{Control, Heard, Remote};
+mod hear;
+
+use self::hear::Next;
+use crate::agent::{Control, Remote};
 use crate::error::Error;
 use crate::machine::{Machine, News};
 use crate::stages::{ForkPath, Stages};
 use crate::stats::ChildStats;
 use crate::template::{Kind, Template, TemplateInfo, Warm};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::AsFd;
-use rustix::io::Errno;
 use std::collections::HashMap;
 use std::fs::File;
 use std::net::Shutdown;
@@ -33,9 +33,6 @@ use vmm::Moment;
 /// and the agent to answer a request. It needs milliseconds; the rest is for a
 /// host that is very busy, or emulated.
 const TIMEOUT: Duration = Duration::from_secs(30);
-
-/// How long a guest may take to explain that its agent has gone.
-const LAST_WORDS: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -140,7 +137,7 @@ impl Child {
             self.confirm()?;
         }
         if std::mem::take(&mut self.is_held) {
-            let released = self.machine.release();
+            let released = self.machine.resume();
             let phase = self.phase;
             return self.settle(released, phase);
         }
@@ -307,7 +304,7 @@ impl Child {
         self.expect(Phase::Forked, "is not fresh from the fork")?;
         let deadline = Instant::now() + TIMEOUT;
         let result = loop {
-            match self.next(Some(deadline)) {
+            match self.next(Some(deadline), None) {
                 Ok(Next::News(News::Answer { value, entered, at })) => {
                     self.stages.entered = Some(entered);
                     self.stages.confirmed = Some(at);
@@ -337,6 +334,23 @@ impl Child {
             Some(control) => control.remote(CONTAINER).signal(SIGKILL),
             None => Err(Error::State("has no container to kill")),
         }
+    }
+
+    /// Stops its vCPUs, wherever they are, until [`Self::unpause`]. Whoever asks the
+    /// agent for something meanwhile waits in vain.
+    ///
+    /// # Errors
+    /// A vCPU that cannot stop.
+    pub fn pause(&mut self) -> Result<(), Error> {
+        self.machine.pause()
+    }
+
+    /// Lets them go on. The guest's clocks have gone on meanwhile.
+    ///
+    /// # Errors
+    /// A child that is gone.
+    pub fn unpause(&mut self) -> Result<(), Error> {
+        self.machine.resume()
     }
 
     /// What it costs its host in memory, now.
@@ -388,7 +402,7 @@ impl Child {
     }
 
     fn await_identity(&mut self) -> Result<(), Error> {
-        match self.next(Some(Instant::now() + TIMEOUT))? {
+        match self.next(Some(Instant::now() + TIMEOUT), None)? {
             Next::News(News::IdentityApplied {
                 generation,
                 entered,
@@ -407,7 +421,7 @@ impl Child {
                 let seconds = TIMEOUT.as_secs();
                 Err(Error::Identity(format!(" in {seconds} s; console: {tail}")))
             }
-            Next::News(_) | Next::Heard(_) => {
+            Next::News(_) | Next::Heard(_) | Next::Woken => {
                 Err(Error::Identity(": it speaks out of turn".into()))
             }
         }
@@ -416,7 +430,7 @@ impl Child {
     fn await_fork_point(&mut self) -> Result<(), Error> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
-            match self.next(Some(deadline))? {
+            match self.next(Some(deadline), None)? {
                 Next::News(News::ForkPoint { version }) if version == u64::from(VERSION) => {
                     return Ok(());
                 }
@@ -428,7 +442,7 @@ impl Child {
                 Next::Timeout => {
                     return Err(Error::Died("it did not reach its fork point".into()));
                 }
-                Next::Heard(_) => return Err(out_of_turn()),
+                Next::Heard(_) | Next::Woken => return Err(out_of_turn()),
             }
         }
     }
@@ -493,98 +507,6 @@ impl Child {
             remote,
         })
     }
-
-    /// The agent's answer to a request. What happens by itself is noted.
-    fn answered(&mut self) -> Result<Event, Error> {
-        let deadline = Instant::now() + TIMEOUT;
-        loop {
-            match self.hear(Some(deadline))? {
-                Some(answer) => return Ok(answer),
-                None if Instant::now() >= deadline => {
-                    return Err(Error::Died("the agent does not answer".into()));
-                }
-                None => {}
-            }
-        }
-    }
-
-    /// Waits for the agent's next word, at most to the deadline. What happens by
-    /// itself is noted; an answer to a request is returned.
-    fn hear(&mut self, deadline: Option<Instant>) -> Result<Option<Event>, Error> {
-        match self.next(deadline)? {
-            Next::Heard(Heard::Event(Event::Exited { process, status })) => {
-                self.exits.insert(process, status);
-                Ok(None)
-            }
-            Next::Heard(Heard::Event(Event::Warm)) => {
-                self.is_warm = true;
-                Ok(None)
-            }
-            Next::Heard(Heard::Event(answer)) => Ok(Some(answer)),
-            Next::Heard(Heard::Gone(why)) => Err(self.explain(why)),
-            Next::Heard(Heard::Nothing) | Next::Timeout => Ok(None),
-            Next::News(News::Dead(why)) => Err(Error::Died(why)),
-            Next::News(_) => Ok(None),
-        }
-    }
-
-    /// An agent that has gone is followed, or explained, by its guest.
-    fn explain(&mut self, why: String) -> Error {
-        self.control = None;
-        let deadline = Instant::now() + LAST_WORDS;
-        loop {
-            match self.next(Some(deadline)) {
-                Ok(Next::News(News::Dead(why))) => return Error::Died(why),
-                Ok(Next::News(_)) => {}
-                Ok(_) | Err(_) => return Error::Died(why),
-            }
-        }
-    }
-
-    /// The next thing that happens.
-    fn next(&mut self, deadline: Option<Instant>) -> Result<Next, Error> {
-        loop {
-            if let Some(news) = self.machine.news() {
-                return Ok(Next::News(news));
-            }
-            if let Some(control) = &mut self.control {
-                match control.hear() {
-                    Heard::Nothing => {}
-                    heard => return Ok(Next::Heard(heard)),
-                }
-            }
-            if !self.wait_for_bell(deadline)? {
-                return Ok(Next::Timeout);
-            }
-        }
-    }
-
-    /// False if the deadline has passed.
-    fn wait_for_bell(&self, deadline: Option<Instant>) -> Result<bool, Error> {
-        let bell = self.machine.bell();
-        let control = self.control.as_ref().map(AsFd::as_fd);
-        let mut waiting: Vec<PollFd<'_>> = [Some(bell), control]
-            .into_iter()
-            .flatten()
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
-            .collect();
-        let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-        let timeout = left.map(|left| Timespec {
-            tv_sec: left.as_secs() as i64,
-            tv_nsec: left.subsec_nanos().into(),
-        });
-        match poll(&mut waiting, timeout.as_ref()) {
-            Ok(0) => Ok(false),
-            Ok(_) | Err(Errno::INTR) => Ok(true),
-            Err(e) => Err(Error::Died(format!("cannot wait for it: {e}"))),
-        }
-    }
-}
-
-enum Next {
-    News(News),
-    Heard(Heard),
-    Timeout,
 }
 
 fn out_of_turn() -> Error {

@@ -178,11 +178,19 @@ impl Machine {
         }
     }
 
-    /// Lets a VM go on that was held.
-    pub(crate) fn release(&mut self) -> Result<(), Error> {
+    /// Stops all vCPUs.
+    pub(crate) fn pause(&mut self) -> Result<(), Error> {
+        match self {
+            Self::Here(local) => Ok(local.vm.pause()?),
+            Self::Worker(remote) => remote.pause(),
+        }
+    }
+
+    /// Lets a VM go on that was held or paused.
+    pub(crate) fn resume(&mut self) -> Result<(), Error> {
         match self {
             Self::Here(local) => Ok(local.vm.resume()?),
-            Self::Worker(remote) => remote.release(),
+            Self::Worker(remote) => remote.resume(),
         }
     }
 

@@ -1,5 +1,6 @@
 //! What a child's fork found ready, and when the child reached each stage.
 
+use serde::{Deserialize, Serialize};
 use vmm::{Moment, Timeline};
 
 /// What was ready when a child was asked for.
@@ -12,7 +13,7 @@ pub enum ForkPath {
 }
 
 /// When a child reached each stage. What has not happened is `None`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Stages {
     /// The fork itself.
     pub fork: Timeline,

@@ -5,8 +5,8 @@ use rustix::process::Pid;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 
-/// Memory of a child in user space, in KiB. KVM's own memory for a VM belongs to
-/// no process; `vm-run bench` measures it over many.
+/// Memory of a child in user space, in KiB, and its time. KVM's own memory for a VM
+/// belongs to no process; `vm-run bench` measures it over many.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ChildStats {
     /// Guest memory that only this child has: what it wrote.
@@ -21,6 +21,8 @@ pub struct ChildStats {
     pub pss: u64,
     /// Page tables of its process; zero for a child that has none of its own.
     pub page_tables: u64,
+    /// Processor time of its process so far, in microseconds; zero likewise.
+    pub cpu_us: u64,
 }
 
 /// Of a child in this process, by where its memory lies: (address, length).
@@ -58,7 +60,21 @@ pub(crate) fn of_process(pid: Pid) -> Result<ChildStats, Error> {
             stats.page_tables = kib;
         }
     })?;
+    each_line(&format!("/proc/{pid}/stat"), |line| {
+        stats.cpu_us = cpu_us(line)
+    })?;
     Ok(stats)
+}
+
+/// utime and stime (proc_pid_stat(5)): the 14th and 15th field, counted from the end of
+/// the name, which may hold anything.
+fn cpu_us(stat: &str) -> u64 {
+    const FIRST: usize = 3;
+    let fields = stat.rsplit_once(')').map_or("", |(_, after)| after);
+    let ticks =
+        |number| -> Option<u64> { fields.split_whitespace().nth(number - FIRST)?.parse().ok() };
+    let ticks = ticks(14).unwrap_or_default() + ticks(15).unwrap_or_default();
+    ticks.saturating_mul(1_000_000) / rustix::param::clock_ticks_per_second().max(1)
 }
 
 #[derive(Debug, Default)]
@@ -145,6 +161,14 @@ mod tests {
         assert_eq!(of_mappings(&[]).expect("of nothing"), ChildStats::default());
         let most = of_mappings(&[(0, u64::MAX)]).expect("of everything");
         assert!(most.private > 0);
+    }
+
+    #[test]
+    fn time_is_read_whatever_the_name() {
+        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 90 0 0 0 150 50 0 0 20 0 1 0";
+        let second = rustix::param::clock_ticks_per_second();
+        assert_eq!(cpu_us(stat), 200 * 1_000_000 / second);
+        assert_eq!(cpu_us("nonsense"), 0);
     }
 
     #[test]

@@ -35,8 +35,10 @@ pub(crate) enum ToWorker {
         has_writable: bool,
         hold: bool,
     },
-    /// Let the guest go on, which was held.
-    Release,
+    /// Stop the guest.
+    Pause,
+    /// Let the guest go on, which was held or stopped.
+    Resume,
     /// Connect to a port of the guest.
     Connect { port: u32 },
     /// Tell the guest's last words.
@@ -50,7 +52,8 @@ pub(crate) enum ToWorker {
 pub(crate) enum FromWorker {
     Prepared,
     Started(Timeline),
-    Released,
+    Paused,
+    Resumed,
     /// With it: the stream.
     Connected,
     LastWords(Vec<String>),

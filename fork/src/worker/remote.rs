@@ -129,10 +129,18 @@ impl Remote {
         }
     }
 
-    pub(crate) fn release(&mut self) -> Result<(), Error> {
-        self.ask(&ToWorker::Release, &[])?;
+    pub(crate) fn pause(&mut self) -> Result<(), Error> {
+        self.ask(&ToWorker::Pause, &[])?;
         match self.answer()? {
-            (FromWorker::Released, _) => Ok(()),
+            (FromWorker::Paused, _) => Ok(()),
+            (other, _) => Err(odd(&other)),
+        }
+    }
+
+    pub(crate) fn resume(&mut self) -> Result<(), Error> {
+        self.ask(&ToWorker::Resume, &[])?;
+        match self.answer()? {
+            (FromWorker::Resumed, _) => Ok(()),
             (other, _) => Err(odd(&other)),
         }
     }

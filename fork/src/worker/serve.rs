@@ -88,9 +88,13 @@ impl Worker {
                 let stream = stream.map_err(|e| format!("cannot connect to the agent: {e}"))?;
                 Ok((FromWorker::Connected, vec![stream.into()]))
             }
-            ToWorker::Release => {
+            ToWorker::Pause => {
+                self.vm()?.pause().map_err(|e| e.to_string())?;
+                Ok((FromWorker::Paused, Vec::new()))
+            }
+            ToWorker::Resume => {
                 self.vm()?.resume().map_err(|e| e.to_string())?;
-                Ok((FromWorker::Released, Vec::new()))
+                Ok((FromWorker::Resumed, Vec::new()))
             }
             ToWorker::LastWords => {
                 let words = last_words(self.vm()?.console_tail(CONSOLE_LINES));
