@@ -1,6 +1,7 @@
 //! What can be typed.
 
 use crate::bench::BenchCommand;
+use crate::container::cli::ContainerCommand;
 use crate::image::cli::ImageCommand;
 use crate::templates::TemplateCommand;
 use clap::{Parser, Subcommand};
@@ -10,7 +11,7 @@ use std::path::PathBuf;
 #[derive(Debug, Parser)]
 #[command(name = "vm-run", version, max_term_width = 100)]
 pub struct Args {
-    /// Where images and templates live [default: /var/lib/vm-run as root, else
+    /// Where images, templates and containers live [default: /var/lib/vm-run as root, else
     /// the XDG state directory]
     #[arg(long, value_name = "DIR", global = true)]
     pub root: Option<PathBuf>,
@@ -25,7 +26,17 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Fork a virtual machine and run one container in it
-    Run(crate::run::RunArgs),
+    Run(Box<crate::run::RunArgs>),
+    /// Make a container, and do not start it
+    Create(Box<crate::run::CreateArgs>),
+    #[command(flatten)]
+    Container(ContainerCommand),
+    /// Own a container; for vm-run itself
+    #[command(hide = true)]
+    Supervise {
+        /// The container's id
+        id: String,
+    },
     /// Load, list and remove images
     #[command(subcommand)]
     Image(ImageCommand),

@@ -20,16 +20,13 @@ use std::path::Path;
 const MAGIC: &[u8] = b"vmrunblk";
 const BLOCK: usize = 4096;
 
-/// A fresh disk without a name in `dir`: it goes with its last user.
+/// Makes `disk`, an empty file, a fresh disk, from the list `blocks`.
 ///
 /// # Errors
 /// A list that is spoilt, or a file that cannot be written.
-pub fn new_disk(blocks: &Path, dir: &Path) -> Result<File> {
+pub fn write(blocks: &Path, disk: &File) -> Result<()> {
     let list = fs::read(blocks).with_context(|| format!("cannot read {}", blocks.display()))?;
-    let disk = tempfile::tempfile_in(dir)
-        .with_context(|| format!("cannot make a disk in {}", dir.display()))?;
-    fill(&disk, &list).with_context(|| format!("cannot write a disk in {}", dir.display()))?;
-    Ok(disk)
+    fill(disk, &list).context("cannot write a disk")
 }
 
 fn fill(disk: &File, list: &[u8]) -> Result<()> {

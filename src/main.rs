@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod container;
 mod disk;
 mod doctor;
 mod guest;
@@ -48,8 +49,23 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("vm-run: {}", line(&error));
-            ExitCode::from(run::exit_code(&error).unwrap_or(FAILED))
+            ExitCode::from(exit_code(&error).unwrap_or(FAILED))
         }
+    }
+}
+
+/// The status that docker gives for a failure, if it has one of its own.
+fn exit_code(error: &anyhow::Error) -> Option<u8> {
+    if let Some(refused) = error.downcast_ref::<container::Refused>() {
+        return Some(refused.code);
+    }
+    match error.downcast_ref::<fork::Error>()? {
+        fork::Error::Start { reason, .. } => match reason {
+            fork::StartFailure::NotFound => Some(127),
+            fork::StartFailure::NotExecutable => Some(126),
+            fork::StartFailure::Other => None,
+        },
+        _ => None,
     }
 }
 
@@ -84,6 +100,9 @@ fn dispatch(args: Args) -> anyhow::Result<u8> {
     let root = || state_dir::resolve(args.root.clone());
     match args.command {
         Command::Run(plan) => run::run(&plan, &root()?),
+        Command::Create(plan) => run::create(&plan, &root()?),
+        Command::Container(command) => container::cli::run(command, &root()?),
+        Command::Supervise { id } => container::supervisor::main(&root()?, &id).map(|()| 0),
         Command::Image(command) => image::cli::run(command, &root()?).map(|()| 0),
         Command::Template(command) => templates::cli(command, &root()?).map(|()| 0),
         Command::Bench(bench) => bench::cli(bench).map(|()| 0),

@@ -1,37 +1,44 @@
-//! `vm-run run`: what was typed, the checked plan, one fork.
+//! `vm-run run` and `vm-run create`: what was typed, and the checked plan of a
+//! container.
 
 mod warm;
 
 use crate::args::size;
+use crate::container::cli::{Session, attend};
+use crate::container::{Engine, Layer, LogLimits, RestartPolicy, Spec, parse_signal, set_env};
 use crate::image::{self, ImageConfig, Store};
-use crate::stdio::{self, Stdio};
 use crate::templates::{self, MachineArgs};
-use crate::workers::{self, JailArgs};
-use crate::{disk, guest, signals};
+use crate::workers::JailArgs;
 use anyhow::{Context, Result, bail};
-use fork::{
-    CONTAINER, ContainerSpec, Disks, Error, ForkSpec, Host, Moment, Place, Pool, ProcessSpec,
-    StartFailure, Stream, Template, Writable,
-};
-use std::fs::File;
+use fork::Moment;
+use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-/// What can be typed after `run`.
+/// What `stop` sends, if nobody says anything.
+const SIGTERM: i32 = 15;
+
+/// What can be typed after `create`, and after `run` too.
 #[derive(Debug, clap::Args)]
-pub struct RunArgs {
+pub struct CreateArgs {
+    /// The container's name [default: one that is made up]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
     /// Keep standard input open, and give it to the container
     #[arg(short, long)]
     interactive: bool,
     /// Give the container a terminal
     #[arg(short, long)]
     tty: bool,
-    /// Remove the container when it ends (always so, as yet)
+    /// Remove the container when it ends
     #[arg(long)]
     rm: bool,
     /// Set an environment variable; NAME alone takes the caller's value
     #[arg(short, long, value_name = "NAME=VALUE")]
     env: Vec<String>,
+    /// Set the variables of a file, one a line
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
     /// The working directory
     #[arg(short, long, value_name = "DIR")]
     workdir: Option<String>,
@@ -44,6 +51,21 @@ pub struct RunArgs {
     /// The hostname [default: the container's id]
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
+    /// Set a label
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    label: Vec<String>,
+    /// What `stop` sends [default: the image's, or SIGTERM]
+    #[arg(long, value_name = "SIGNAL")]
+    stop_signal: Option<String>,
+    /// How long `stop` waits before it kills, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "10")]
+    stop_timeout: u32,
+    /// Start it again when it ends: no, always, unless-stopped, on-failure[:N]
+    #[arg(long, value_name = "POLICY", default_value = "no")]
+    restart: String,
+    /// How its log is kept: max-size=SIZE, max-file=N
+    #[arg(long, value_name = "NAME=VALUE")]
+    log_opt: Vec<String>,
     /// Make the root file system read-only
     #[arg(long)]
     read_only: bool,
@@ -65,9 +87,6 @@ pub struct RunArgs {
     /// A directory or a file-system image (erofs, ext4) in the place of IMAGE
     #[arg(long, value_name = "PATH")]
     rootfs: Option<PathBuf>,
-    /// Write how long each stage took to this file, as JSON
-    #[arg(long, value_name = "FILE")]
-    stages: Option<PathBuf>,
     /// IMAGE [COMMAND [ARG...]], or with --rootfs only the command
     #[arg(
         trailing_var_arg = true,
@@ -77,103 +96,132 @@ pub struct RunArgs {
     words: Vec<String>,
 }
 
-/// Runs the container; returns its exit status.
+/// What can be typed after `run`.
+#[derive(Debug, clap::Args)]
+pub struct RunArgs {
+    /// Leave the container running, and print its id
+    #[arg(short, long)]
+    detach: bool,
+    /// Write how long each stage took to this file, as JSON
+    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
+    stages: Option<PathBuf>,
+    #[command(flatten)]
+    create: CreateArgs,
+}
+
+/// `vm-run create`: prints the id.
 ///
 /// # Errors
-/// One line; [`exit_code`] tells which status it stands for.
+/// One line.
+pub fn create(args: &CreateArgs, root: &Path) -> Result<u8> {
+    let engine = Engine::open(root)?;
+    let record = engine.create(args.name.clone(), plan(args, true, root)?)?;
+    writeln!(std::io::stdout(), "{}", record.id)?;
+    Ok(0)
+}
+
+/// `vm-run run`: runs the container; returns its exit status, or prints its id.
+///
+/// # Errors
+/// One line; [`crate::exit_code`] tells which status it stands for.
 pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
     let asked = Moment::now();
-    // First: the worker comes up while the rest is found.
-    let workers = workers::start(args.jail)?;
-    workers.spawn_ahead()?;
-    let host = Arc::new(Host::open()?);
-    let named = match &args.template {
-        Some(name) => Some(templates::open(root, Arc::clone(&host), name)?),
-        None => None,
+    let engine = Engine::open(root)?;
+    let spec = plan(&args.create, !args.detach, root)?;
+    let (tty, interactive) = (spec.tty, args.create.interactive);
+    let session = (!args.detach)
+        .then(|| Session::new(tty, interactive))
+        .transpose()?;
+    let record = engine.create(args.create.name.clone(), spec)?;
+    let Some(session) = session else {
+        engine.start(&record, None)?;
+        writeln!(std::io::stdout(), "{}", record.id)?;
+        return Ok(0);
     };
-    let inside = named.as_ref().and_then(Template::warm);
-    let plan = match inside {
-        Some(inside) => warm::plan(args, inside, std::env::args_os())?,
-        None => plan(args, root)?,
-    };
-    let template = match named {
-        Some(template) => template,
-        None => templates::default_for(root, host, &args.machine, &args.domain)?,
-    };
-    let signals = signals::Catcher::new()?;
-    let stdio = Stdio::new(args.tty, args.interactive)?;
-    let pool = Pool::new(Arc::new(template), Place::Workers(workers), 0)?;
-    let mut child = pool.fork(ForkSpec {
-        hostname: plan.hostname,
-        disks: plan.disks,
-        domain: args.domain.clone(),
-        ..ForkSpec::default()
-    })?;
-    let process = match plan.work {
-        Work::Start(container, process) => child.start(container, process)?,
-        Work::GoOn(streams) => child.attach(&streams)?,
-        Work::Beside(streams, process) => {
-            stdio::discard(child.attach(&streams)?)?;
-            child.exec(process)?
-        }
-    };
-    let id = process.remote.process();
-    signals.forward_to(process.remote.clone())?;
-    let streams = stdio.connect(process)?;
-    let status = match id {
-        CONTAINER => child.wait()?,
-        beside => child.wait_for(beside)?,
-    };
-    let first_output = streams.finish()?;
-    let stages = child.stages();
-    drop(child);
+    let ended = attend(&engine, &record, session)?;
     if let Some(path) = &args.stages {
-        let json = crate::bench::stages_json(asked, &stages, first_output, Moment::now());
+        let json =
+            crate::bench::stages_json(asked, &ended.stages, ended.first_output, Moment::now());
         std::fs::write(path, json.to_string())
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    Ok(status.code())
+    Ok(ended.status)
 }
 
-/// The status that docker gives for a failure, if it has one of its own.
-pub fn exit_code(error: &anyhow::Error) -> Option<u8> {
-    match error.downcast_ref::<Error>()? {
-        Error::Start { reason, .. } => match reason {
-            StartFailure::NotFound => Some(127),
-            StartFailure::NotExecutable => Some(126),
-            StartFailure::Other => None,
-        },
-        _ => None,
+/// The plan of a container. `is_watched` is whether its first client is there from its
+/// first byte on, and its input ends with that client's.
+fn plan(args: &CreateArgs, is_watched: bool, root: &Path) -> Result<Spec> {
+    let mut spec = blank(args, is_watched)?;
+    let manifest = args
+        .template
+        .as_deref()
+        .map(|name| templates::manifest(root, name))
+        .transpose()?;
+    match manifest
+        .as_ref()
+        .and_then(|manifest| manifest.warm.as_ref())
+    {
+        Some(inside) => warm::plan(&mut spec, args, inside, std::env::args_os())?,
+        None => plan_bare(&mut spec, args, root)?,
     }
+    for label in &args.label {
+        let (name, value) = label.split_once('=').unwrap_or((label, ""));
+        spec.labels.insert(name.to_owned(), value.to_owned());
+    }
+    if let Some(signal) = &args.stop_signal {
+        spec.stop_signal = parse_signal(signal)?;
+    }
+    Ok(spec)
 }
 
-/// What is to be done, checked as far as it can be before the fork.
-struct Plan {
-    hostname: String,
-    disks: Disks,
-    work: Work,
-}
-
-/// What happens in the child.
-enum Work {
-    /// A container is started.
-    Start(ContainerSpec, ProcessSpec),
-    /// The container inside goes on, with these streams.
-    GoOn(Vec<Stream>),
-    /// A process is started beside the container inside, of which nobody sees these
-    /// streams.
-    Beside(Vec<Stream>, ProcessSpec),
+/// A plan that knows nothing of an image or a template yet.
+fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
+    let restart = RestartPolicy::parse(&args.restart)?;
+    if args.rm && restart != RestartPolicy::No {
+        bail!("--rm and --restart exclude each other");
+    }
+    Ok(Spec {
+        created: jiff::Timestamp::now(),
+        image: String::new(),
+        image_id: None,
+        rootfs: None,
+        template: args.template.clone(),
+        args: Vec::new(),
+        env: Vec::new(),
+        cwd: "/".into(),
+        user: String::new(),
+        hostname: args.hostname.clone().unwrap_or_default(),
+        tty: args.tty,
+        stdin: args.interactive,
+        stdin_once: args.interactive && is_watched,
+        labels: BTreeMap::new(),
+        stop_signal: SIGTERM,
+        stop_timeout: args.stop_timeout,
+        writable: Layer::Disk,
+        memory: args.machine.memory,
+        cpus: args.machine.cpus,
+        boot_timeout: args.machine.boot_timeout,
+        domain: args.domain.clone(),
+        no_jail: args.jail.no_jail,
+        auto_remove: args.rm,
+        restart,
+        log: log_limits(&args.log_opt)?,
+    })
 }
 
 /// The plan for a child of a bare template.
-fn plan(args: &RunArgs, root: &Path) -> Result<Plan> {
+fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
     let store = Store::open(root)?;
-    let (rootfs, config, command) = match &args.rootfs {
-        Some(path) if path.is_dir() => {
-            let image = image::rootfs_from_dir(&store, path)?;
-            (image, ImageConfig::default(), &args.words[..])
+    let (config, command) = match &args.rootfs {
+        Some(path) => {
+            spec.image = path.display().to_string();
+            spec.rootfs = Some(if path.is_dir() {
+                image::rootfs_from_dir(&store, path)?
+            } else {
+                path.clone()
+            });
+            (ImageConfig::default(), &args.words[..])
         }
-        Some(path) => (path.clone(), ImageConfig::default(), &args.words[..]),
         None => {
             let (name, command) = args
                 .words
@@ -181,83 +229,85 @@ fn plan(args: &RunArgs, root: &Path) -> Result<Plan> {
                 .context("no IMAGE: name one, or give --rootfs PATH")?;
             let image = store.resolve(name)?;
             log::info!("{name} is {}", image.id);
-            (image.rootfs, image.config, command)
+            spec.image = name.clone();
+            spec.image_id = Some(image.id);
+            spec.rootfs = Some(image.rootfs);
+            (image.config, command)
         }
     };
-    let argv = command_line(args, &config, command);
-    if argv.is_empty() {
+    spec.args = command_line(args, &config, command);
+    if spec.args.is_empty() {
         bail!("no command: the image names none, so give one");
     }
-    let writable = match (args.read_only, args.writable_memory) {
+    spec.writable = match (args.read_only, args.writable_memory) {
         (true, Some(_)) => bail!("--read-only and --writable-memory exclude each other"),
-        (true, None) => Writable::Nothing,
-        (false, Some(limit)) => Writable::Memory { limit },
-        (false, None) => Writable::Disk,
+        (true, None) => Layer::Nothing,
+        (false, Some(limit)) => Layer::Memory(limit),
+        (false, None) => Layer::Disk,
     };
-    let mut env = terminal_env(args, config.env);
-    for word in &args.env {
-        set_env(&mut env, word);
+    spec.env = terminal_env(args, config.env);
+    for word in file_words(&args.env_file)?.iter().chain(&args.env) {
+        set_env(&mut spec.env, word);
     }
     let cwd = args.workdir.clone().unwrap_or(config.working_dir);
-    let process = ProcessSpec {
-        args: argv,
-        env,
-        cwd: if cwd.is_empty() { "/".into() } else { cwd },
-        user: args.user.clone().unwrap_or(config.user),
-        streams: streams(args),
-        window: crate::terminal::window_size(),
-    };
-    Ok(Plan {
-        hostname: hostname(args)?,
-        disks: Disks {
-            root: Some(
-                File::open(&rootfs).with_context(|| format!("cannot open {}", rootfs.display()))?,
-            ),
-            writable: match writable {
-                Writable::Disk => {
-                    let empty = guest::find(&guest::GuestArgs::default())?.writable;
-                    Some(disk::new_disk(&empty, root)?)
-                }
-                _ => None,
-            },
-        },
-        work: Work::Start(
-            ContainerSpec {
-                writable,
-                warm: false,
-            },
-            process,
-        ),
-    })
+    if !cwd.is_empty() {
+        spec.cwd = cwd;
+    }
+    spec.user = args.user.clone().unwrap_or(config.user);
+    spec.labels = config.labels;
+    if !config.stop_signal.is_empty() {
+        spec.stop_signal = parse_signal(&config.stop_signal)?;
+    }
+    Ok(())
 }
 
-fn hostname(args: &RunArgs) -> Result<String> {
-    match &args.hostname {
-        Some(name) => Ok(name.clone()),
-        None => random_id(),
+/// Docker's names of what is kept of a log.
+fn log_limits(options: &[String]) -> Result<LogLimits> {
+    let mut limits = LogLimits::default();
+    for option in options {
+        match option.split_once('=') {
+            Some(("max-size", value)) => {
+                limits.max_size = size(value).map_err(anyhow::Error::msg)?;
+            }
+            Some(("max-file", value)) => {
+                let files = value.parse().ok().filter(|n| *n >= 1);
+                limits.max_files = files.context("max-file is one or more")?;
+            }
+            _ => bail!("{option:?}: a log option is max-size=SIZE or max-file=N"),
+        }
     }
+    Ok(limits)
 }
 
-/// The streams of a process that is started.
-fn streams(args: &RunArgs) -> Vec<Stream> {
-    match (args.tty, args.interactive) {
-        (true, _) => vec![Stream::Terminal],
-        (false, true) => vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
-        (false, false) => vec![Stream::Stdout, Stream::Stderr],
+/// The variables of files: docker's format, a word a line, `#` before a comment.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn file_words(files: &[PathBuf]) -> Result<Vec<String>> {
+    let mut words = Vec::new();
+    for path in files {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        let lines = text.lines().map(str::trim_start);
+        words.extend(
+            lines
+                .filter(|line| !line.is_empty() && !line.starts_with('#'))
+                .map(str::to_owned),
+        );
     }
+    Ok(words)
 }
 
 /// As docker has it: a process on a terminal has a TERM.
-fn terminal_env(args: &RunArgs, mut env: Vec<String>) -> Vec<String> {
+fn terminal_env(args: &CreateArgs, mut env: Vec<String>) -> Vec<String> {
     if args.tty && !env.iter().any(|e| e.starts_with("TERM=")) {
         env.push("TERM=xterm".into());
     }
     env
 }
-
 /// Entrypoint and command as docker puts them together: a new entrypoint drops
 /// the image's command, a command replaces it.
-fn command_line(args: &RunArgs, config: &ImageConfig, command: &[String]) -> Vec<String> {
+fn command_line(args: &CreateArgs, config: &ImageConfig, command: &[String]) -> Vec<String> {
     let (mut line, default) = match &args.entrypoint {
         Some(program) if program.is_empty() => (Vec::new(), &[][..]),
         Some(program) => (vec![program.clone()], &[][..]),
@@ -266,26 +316,6 @@ fn command_line(args: &RunArgs, config: &ImageConfig, command: &[String]) -> Vec
     line.extend_from_slice(if command.is_empty() { default } else { command });
     line
 }
-
-fn set_env(env: &mut Vec<String>, word: &str) {
-    let (name, value) = match word.split_once('=') {
-        Some((name, value)) => (name, Some(value.to_owned())),
-        None => (word, std::env::var(word).ok()),
-    };
-    env.retain(|e| e.split_once('=').map_or(e.as_str(), |(n, _)| n) != name);
-    if let Some(value) = value {
-        env.push(format!("{name}={value}"));
-    }
-}
-
-/// Twelve hexadecimal digits, as docker shows.
-fn random_id() -> Result<String> {
-    let mut bytes = [0_u8; 6];
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
-        .context("getrandom")?;
-    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -294,7 +324,7 @@ mod tests {
     #[derive(Parser)]
     struct Line {
         #[command(flatten)]
-        run: RunArgs,
+        run: CreateArgs,
     }
 
     fn line(words: &[&str], command: &[&str]) -> Vec<String> {

@@ -210,8 +210,11 @@ fn check_name(what: &str, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Those of another domain are others.
-fn default_name(machine: &MachineArgs, domain: &str) -> Result<String> {
+/// The name of a default template; those of another domain are others.
+///
+/// # Errors
+/// A domain that cannot be part of a name.
+pub fn default_name(machine: &MachineArgs, domain: &str) -> Result<String> {
     check_name("trust domain", domain)?;
     let name = format!("default-{}m-{}c", machine.memory >> 20, machine.cpus);
     Ok(match domain {
@@ -233,6 +236,15 @@ fn name_of_image(image: &str) -> String {
 pub fn open(root: &Path, host: Arc<Host>, name: &str) -> Result<Template> {
     let dir = Shelf::open(root)?.existing(name)?;
     Ok(Template::open(host, &dir)?)
+}
+
+/// What the template with this name is.
+///
+/// # Errors
+/// As [`open`].
+pub fn manifest(root: &Path, name: &str) -> Result<Manifest> {
+    let dir = Shelf::open(root)?.existing(name)?;
+    Ok(Manifest::read(&dir)?)
 }
 
 /// The default template of a domain for such a machine. It is built if it is
@@ -263,6 +275,14 @@ pub fn default_for(
     save(&boot(&spec, Arc::clone(&host))?, &dir)?;
     // From disk, as the next run will: all children share the page cache.
     Ok(Template::open(host, &dir)?)
+}
+
+/// Builds the default template, unless it is there.
+///
+/// # Errors
+/// As [`default_for`].
+pub fn ensure_default(root: &Path, machine: &MachineArgs, domain: &str) -> Result<()> {
+    default_for(root, Arc::new(Host::open()?), machine, domain).map(drop)
 }
 
 /// Opens a default template if it is there and is of today's guest.

@@ -50,7 +50,7 @@ pub fn build(
     domain: &str,
     root: &Path,
 ) -> Result<Template> {
-    let workers = workers::start(args.jail)?;
+    let workers = workers::start_aloud(args.jail)?;
     let found = Store::open(root)?.resolve(image)?;
     let rootfs = File::open(&found.rootfs)
         .with_context(|| format!("cannot open {}", found.rootfs.display()))?;

@@ -13,15 +13,26 @@ pub struct JailArgs {
     pub no_jail: bool,
 }
 
-/// Starts what starts workers.
+/// As [`start`], and tells whoever sits there.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_aloud(args: JailArgs) -> Result<Arc<Workers>> {
+    let (workers, notices) = start(args)?;
+    for notice in notices {
+        eprintln!("vm-run: {notice}");
+    }
+    Ok(workers)
+}
+
+/// Starts what starts workers; and what a person has to be told of their jails.
 ///
 /// # Errors
 /// No permission to jail them, or no worker program.
-pub fn start(args: JailArgs) -> Result<Arc<Workers>> {
+pub fn start(args: JailArgs) -> Result<(Arc<Workers>, Vec<String>)> {
+    let mut notices = Vec::new();
     let jail = if args.no_jail {
-        eprintln!(
-            "vm-run: --no-jail: the virtual machine runs with your own rights, behind KVM and a system call filter alone"
-        );
+        notices.push("--no-jail: the virtual machine runs with your own rights, behind KVM and a system call filter alone".to_owned());
         Jail::Off
     } else if rustix::process::geteuid().is_root() {
         Jail::On(Limits::default())
@@ -30,8 +41,7 @@ pub fn start(args: JailArgs) -> Result<Arc<Workers>> {
     };
     let program = find_program().context("no worker program")?;
     let workers = Workers::start(WorkersSpec { program, jail })?;
-    for missing in workers.missing() {
-        eprintln!("vm-run: the jail has {missing}");
-    }
-    Ok(Arc::new(workers))
+    let missing = workers.missing().iter();
+    notices.extend(missing.map(|missing| format!("the jail has {missing}")));
+    Ok((Arc::new(workers), notices))
 }

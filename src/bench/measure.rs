@@ -104,7 +104,7 @@ impl Forks {
     fn new(bench: &ForkBench, mode: Mode, template: Arc<Template>) -> Result<Self> {
         let place = match mode {
             Mode::Cold | Mode::PoolInprocess => Place::ThisProcess,
-            Mode::PoolWorker => Place::Workers(workers::start(bench.jail)?),
+            Mode::PoolWorker => Place::Workers(workers::start_aloud(bench.jail)?),
         };
         let pool = match mode {
             Mode::Cold => None,

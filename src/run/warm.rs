@@ -1,56 +1,49 @@
 //! `vm-run run` of a template with a container inside.
 
-use super::{Plan, RunArgs, Work, hostname, streams, terminal_env};
+use super::{CreateArgs, terminal_env};
+use crate::container::{Layer, Spec};
 use anyhow::{Result, bail};
-use fork::{Disks, ProcessSpec, Stream, Warm};
+use fork::{Stream, Warm};
 use std::ffi::OsString;
 
-/// The plan for a child of a template with `inside` in it. `line` is the whole command
-/// line: only there can it be seen whether a word came after `--`.
+/// Completes the plan for a child of a template with `inside` in it. `line` is the whole
+/// command line: only there can it be seen whether a word came after `--`.
 ///
 /// # Errors
 /// Anything that is chosen when a container starts.
 pub(super) fn plan(
-    args: &RunArgs,
+    spec: &mut Spec,
+    args: &CreateArgs,
     inside: &Warm,
     line: impl Iterator<Item = OsString>,
-) -> Result<Plan> {
+) -> Result<()> {
     if let Some(what) = chosen_too_late(args, line) {
         bail!(
             "the container in this template runs already, so {what} cannot be chosen: leave it out (a command to run beside it goes after --)"
         );
     }
     let has_terminal = inside.streams.contains(&Stream::Terminal);
-    if args.tty && args.words.is_empty() && !has_terminal {
+    let goes_on = args.words.is_empty();
+    if args.tty && goes_on && !has_terminal {
         bail!("the container in this template has no terminal: leave out -t");
     }
-    let work = if args.words.is_empty() {
-        Work::GoOn(inside.streams.clone())
-    } else {
-        let unseen = inside.streams.iter().copied();
-        // Nobody has anything to say to it, and its input is not to end.
-        let unseen = unseen.filter(|stream| *stream != Stream::Stdin);
-        let process = ProcessSpec {
-            args: args.words.clone(),
-            env: terminal_env(args, inside.env.clone()),
-            cwd: inside.cwd.clone(),
-            user: inside.user.clone(),
-            streams: streams(args),
-            window: crate::terminal::window_size(),
-        };
-        Work::Beside(unseen.collect(), process)
-    };
-    Ok(Plan {
-        hostname: hostname(args)?,
-        disks: Disks::default(),
-        work,
-    })
+    spec.image.clone_from(&inside.image);
+    spec.writable = Layer::Inside;
+    spec.args.clone_from(&args.words);
+    spec.env = terminal_env(args, inside.env.clone());
+    spec.cwd.clone_from(&inside.cwd);
+    spec.user.clone_from(&inside.user);
+    Ok(())
 }
 
 /// What was asked for and cannot be had any more.
-fn chosen_too_late(args: &RunArgs, line: impl Iterator<Item = OsString>) -> Option<&'static str> {
+fn chosen_too_late(
+    args: &CreateArgs,
+    line: impl Iterator<Item = OsString>,
+) -> Option<&'static str> {
     let options = [
         (!args.env.is_empty(), "-e"),
+        (!args.env_file.is_empty(), "--env-file"),
         (args.user.is_some(), "-u"),
         (args.workdir.is_some(), "-w"),
         (args.entrypoint.is_some(), "--entrypoint"),
@@ -82,7 +75,7 @@ mod tests {
     #[derive(Parser)]
     struct Line {
         #[command(flatten)]
-        run: RunArgs,
+        run: CreateArgs,
     }
 
     fn inside() -> Warm {
@@ -96,37 +89,34 @@ mod tests {
         }
     }
 
-    fn planned(words: &[&str]) -> Result<Work> {
+    fn planned(words: &[&str]) -> Result<Spec> {
         let line = [&["run", "--template", "t"], words].concat();
         let args = Line::parse_from(&line).run;
-        plan(&args, &inside(), line.iter().map(OsString::from)).map(|plan| plan.work)
+        let mut spec = super::super::blank(&args, true)?;
+        plan(&mut spec, &args, &inside(), line.iter().map(OsString::from))?;
+        Ok(spec)
     }
 
     #[test]
     fn without_a_command_the_container_goes_on() {
         for words in [&[][..], &["-i"], &["--hostname", "h"], &["--"]] {
-            let work = planned(words).expect("planned");
-            assert!(matches!(work, Work::GoOn(streams) if streams == inside().streams));
+            let spec = planned(words).expect("planned");
+            assert!(spec.args.is_empty());
+            assert_eq!((&*spec.image, spec.writable), ("i", Layer::Inside));
         }
         assert!(planned(&["-t"]).is_err(), "it has no terminal");
     }
 
     #[test]
     fn a_command_after_dashes_runs_beside_it_as_it_does() {
-        let work = planned(&["-i", "--", "ps", "-e", "--", "x"]).expect("planned");
-        let Work::Beside(unseen, process) = work else {
-            panic!("it is a command");
-        };
-        assert_eq!(unseen, [Stream::Stdout, Stream::Stderr]);
-        assert_eq!(process.args, ["ps", "-e", "--", "x"]);
-        assert_eq!(process.env, ["A=1"]);
-        assert_eq!((&*process.cwd, &*process.user), ("/app", "app"));
-        assert!(process.streams.contains(&Stream::Stdin));
-        let Work::Beside(_, process) = planned(&["-it", "--", "sh"]).expect("planned") else {
-            panic!("it is a command");
-        };
-        assert_eq!(process.streams, [Stream::Terminal]);
-        assert_eq!(process.env, ["A=1", "TERM=xterm"]);
+        let spec = planned(&["-i", "--", "ps", "-e", "--", "x"]).expect("planned");
+        assert_eq!(spec.args, ["ps", "-e", "--", "x"]);
+        assert_eq!(spec.env, ["A=1"]);
+        assert_eq!((&*spec.cwd, &*spec.user), ("/app", "app"));
+        assert!(spec.stdin && !spec.tty);
+        let spec = planned(&["-it", "--", "sh"]).expect("planned");
+        assert!(spec.tty);
+        assert_eq!(spec.env, ["A=1", "TERM=xterm"]);
     }
 
     #[test]
@@ -143,9 +133,7 @@ mod tests {
             (&["--writable-memory", "1m"], "--writable-memory"),
         ];
         for (words, what) in cases {
-            let Err(error) = planned(words) else {
-                panic!("{words:?} is refused");
-            };
+            let error = planned(words).expect_err("is refused");
             let text = error.to_string();
             assert!(text.contains(&format!("so {what} cannot")), "{text}");
             assert!(!text.contains('\n'), "{text}");

@@ -1,6 +1,6 @@
 //! Ends that nobody planned.
 
-use crate::support::{Call, listing, own_root};
+use crate::support::{Call, PATIENCE, listing, own_root};
 use rustix::process::Signal;
 use std::fs;
 use std::path::Path;
@@ -27,7 +27,7 @@ fn a_guest_that_panics_is_reported_in_one_line_with_its_last_words() {
     .refused(125);
     assert!(line.contains("died") && line.contains("panic"), "{line}");
     assert_eq!(listing(root), before);
-    assert_eq!(processes_over(root), [0; 0]);
+    wait_for_no_processes(root);
 }
 
 #[test]
@@ -40,25 +40,85 @@ fn a_container_that_takes_all_memory_ends_and_the_guest_lives() {
 }
 
 #[test]
-fn vm_run_killed_leaves_nothing_behind() {
+fn vm_run_killed_leaves_its_container_to_its_supervisor() {
     let own = own_root();
     let root = own.path();
     let before = (listing(root), mounts(), sockets());
     let script = "head -c 8388608 /dev/urandom > /on-disk; echo ready; sleep 1000";
-    let mut running = Call::run_in(root, &["-i", "busybox", "sh", "-c", script]).start();
+    let args = ["--name", "orphan", "busybox", "sh", "-c", script];
+    let mut running = Call::run_in(root, &args).start();
     running.expect("ready");
-    assert_eq!(processes_over(root).len(), 1);
     running.signal(Signal::KILL);
     assert_eq!(running.end().status, 137);
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let count = Call::vm_run_in(root, &["exec", "orphan", "wc", "-c", "/on-disk"]).end();
+    assert_eq!(
+        (count.status, count.out()),
+        (0, "8388608 /on-disk\n".into()),
+        "{count}"
+    );
+    let removed = Call::vm_run_in(root, &["rm", "-f", "orphan"]).end();
+    assert_eq!(
+        (removed.status, removed.out()),
+        (0, "orphan\n".into()),
+        "{removed}"
+    );
+    wait_for_no_processes(root);
+    assert_eq!((listing(root), mounts(), sockets()), before);
+    assert_eq!(containers(root), 0);
+}
+
+#[test]
+fn a_killed_supervisor_takes_its_container_along_and_the_record_says_so() {
+    let own = own_root();
+    let root = own.path();
+    let args = [
+        "-d",
+        "--name",
+        "c",
+        "busybox",
+        "sh",
+        "-c",
+        "echo > /kept; sync; sleep 1000",
+    ];
+    let begun = Call::run_to_keep(root, &args).end();
+    assert_eq!(begun.status, 0, "{begun}");
+    for pid in processes_over(root) {
+        let pid = rustix::process::Pid::from_raw(pid as i32).expect("a pid");
+        rustix::process::kill_process(pid, Signal::KILL).expect("killed");
+    }
+    wait_for_no_processes(root);
+    let waited = Call::vm_run_in(root, &["wait", "c"]).end();
+    assert_eq!(
+        (waited.status, waited.out()),
+        (0, "137\n".into()),
+        "{waited}"
+    );
+    let inspected = Call::vm_run_in(root, &["inspect", "c"]).end();
+    assert!(
+        inspected.out().contains("its supervisor was killed"),
+        "{inspected}"
+    );
+    let next = Call::vm_run_in(root, &["start", "c"]).end();
+    assert_eq!(next.status, 0, "{next}");
+    let kept = Call::vm_run_in(root, &["exec", "c", "ls", "/kept"]).end();
+    assert_eq!((kept.status, kept.out()), (0, "/kept\n".into()), "{kept}");
+    let removed = Call::vm_run_in(root, &["rm", "-f", "c"]).end();
+    assert_eq!(removed.status, 0, "{removed}");
+    wait_for_no_processes(root);
+    assert_eq!(containers(root), 0);
+}
+
+/// How many directories of containers there are.
+fn containers(root: &Path) -> usize {
+    fs::read_dir(root.join("containers")).map_or(0, Iterator::count)
+}
+
+fn wait_for_no_processes(root: &Path) {
+    let deadline = Instant::now() + PATIENCE;
     while !processes_over(root).is_empty() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(50));
     }
     assert_eq!(processes_over(root), [0; 0]);
-    assert_eq!((listing(root), mounts(), sockets()), before);
-    let next = Call::run_in(root, &["busybox", "echo", "well"]).end();
-    assert_eq!((next.status, next.out()), (0, "well\n".into()), "{next}");
-    assert_eq!(listing(root), before.0);
 }
 
 /// The processes that name this directory on their command line.

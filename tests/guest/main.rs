@@ -2,11 +2,13 @@
 //! Linux; `cargo xtask test` runs them on such a host, emulated if need be.
 
 mod bad_input;
+mod containers;
 mod death;
 mod identity;
 mod installed;
 mod isolation;
 mod kernel;
+mod kills;
 mod machine;
 mod options;
 mod pages;

@@ -85,9 +85,11 @@ fn blocks_of(mut image: File) -> HashSet<[u8; PAGE]> {
 
 fn fork(template: &Template) -> Child {
     let blocks = variable("VM_RUN_GUEST").join("writable.blocks");
+    let writable = tempfile::tempfile().expect("a file");
+    disk::write(&blocks, &writable).expect("a disk");
     let disks = Disks {
         root: Some(busybox_rootfs()),
-        writable: Some(disk::new_disk(&blocks, &std::env::temp_dir()).expect("a disk")),
+        writable: Some(writable),
     };
     fork_with(template, "pages", disks)
 }

@@ -118,7 +118,8 @@ fn link_tree(from: &Path, to: &Path) {
     }
 }
 
-/// Every path below a directory, but for locks: those are made at first need.
+/// Every path below a directory, but for what is made at first need and holds nothing
+/// of anybody's: locks, the containers' database, and their empty directory.
 pub fn listing(dir: &Path) -> BTreeSet<PathBuf> {
     let mut all = BTreeSet::new();
     let mut left = vec![dir.to_path_buf()];
@@ -128,8 +129,9 @@ pub fn listing(dir: &Path) -> BTreeSet<PathBuf> {
             if entry.file_type().expect("has a type").is_dir() {
                 left.push(entry.path());
             }
-            if entry.path().extension().is_none_or(|e| e != "lock") && entry.file_name() != ".lock"
-            {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let is_made_at_need = name.ends_with(".lock") || name.starts_with("containers");
+            if !is_made_at_need {
                 all.insert(entry.path());
             }
         }

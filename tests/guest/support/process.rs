@@ -23,6 +23,11 @@ impl Call {
 
     /// `vm-run run ARGS` over a state directory of the test's own.
     pub fn run_in<S: AsRef<OsStr>>(root: &Path, args: &[S]) -> Self {
+        Self::slow(root, &["run", "--rm"], args)
+    }
+
+    /// The same, and the container stays when it has ended.
+    pub fn run_to_keep<S: AsRef<OsStr>>(root: &Path, args: &[S]) -> Self {
         Self::slow(root, &["run"], args)
     }
 

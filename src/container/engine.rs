@@ -1,0 +1,360 @@
+//! What can be done with containers, by whoever asks: the command line today.
+
+use super::directory::{self, Directory};
+use super::record::{Layer, Record, Spec, State, Status};
+use super::store::Store;
+use super::wire::{self, Answer, Request, Window};
+use super::{LOG, ROOT, WRITABLE, id};
+use crate::{disk, guest, templates};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// How often a free name is looked for.
+const NAME_TRIES: usize = 32;
+/// How long a supervisor that has said it ended may take to let go.
+const LET_GO: Duration = Duration::from_secs(5);
+/// The status of a container whose supervisor was killed, and its VM with it.
+const KILLED: u8 = 128 + 9;
+
+/// A refusal that has an exit status of docker's.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Refused {
+    message: String,
+    /// The status.
+    pub code: u8,
+}
+
+/// All containers of a state directory.
+pub struct Engine {
+    root: PathBuf,
+    store: Store,
+}
+
+impl Engine {
+    /// Opens the state directory `root`.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn open(root: &Path) -> Result<Self> {
+        Ok(Self {
+            root: root.to_owned(),
+            store: Store::open(root)?,
+        })
+    }
+
+    /// Makes a container, and does not start it. Without a name it gets one.
+    ///
+    /// # Errors
+    /// A name that is taken or none, or no disk. Nothing is left.
+    pub fn create(&self, name: Option<String>, spec: Spec) -> Result<Record> {
+        self.sweep();
+        let name = match name {
+            Some(name) => {
+                id::check_name(&name)?;
+                if self.store.has_name(&name)? {
+                    bail!(
+                        "the name {name} is taken by another container: remove or rename it first"
+                    );
+                }
+                name
+            }
+            None => self.free_name()?,
+        };
+        let mut record = Record {
+            id: id::new_id()?,
+            name,
+            spec,
+            state: State::default(),
+        };
+        if record.spec.hostname.is_empty() {
+            record.spec.hostname = id::short(&record.id).to_owned();
+        }
+        let (directory, ownership) =
+            Directory::make(&self.root, &record.id, |dir| fill(dir, &record.spec))?;
+        if let Err(error) = self.store.insert(&record) {
+            if let Err(left) = directory.remove(ownership) {
+                log::warn!("{left:#}");
+            }
+            return Err(error);
+        }
+        Ok(record)
+    }
+
+    fn free_name(&self) -> Result<String> {
+        for _ in 0..NAME_TRIES {
+            let name = id::new_name()?;
+            if !self.store.has_name(&name)? {
+                return Ok(name);
+            }
+        }
+        bail!("no free name was found: give one with --name")
+    }
+
+    /// Starts a container that is at rest; nobody sees its output but the log.
+    ///
+    /// # Errors
+    /// [`Refused`], with docker's status.
+    pub fn start(&self, record: &Record, window: Option<Window>) -> Result<()> {
+        self.begin(record, false, window).map(drop)
+    }
+
+    /// Starts a container that is at rest, and is its first client.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_attached(
+        &self,
+        record: &Record,
+        window: Option<Window>,
+    ) -> Result<(UnixStream, fork::Stages)> {
+        self.begin(record, true, window)
+    }
+
+    fn begin(
+        &self,
+        record: &Record,
+        attach: bool,
+        window: Option<Window>,
+    ) -> Result<(UnixStream, fork::Stages)> {
+        if record.spec.template.is_none() {
+            // Here, where a person sees its progress; the supervisor finds it then.
+            let machine = record.spec.machine();
+            templates::ensure_default(&self.root, &machine, &record.spec.domain)?;
+        }
+        let (mut ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
+        let program = std::env::current_exe().context("cannot find our own program")?;
+        let supervisor = Command::new(program)
+            .arg("--root")
+            .arg(&self.root)
+            .args(["supervise", &record.id])
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(self.complaints(record)?)
+            .current_dir("/")
+            .spawn()
+            .context("cannot start a supervisor")?;
+        reap(supervisor)?;
+        wire::send(&mut ours, &Request::Start { attach, window })
+            .context("the supervisor has gone")?;
+        match answer(&mut ours)? {
+            Answer::Started { stages, notices } => {
+                for notice in notices {
+                    eprintln!("vm-run: {notice}");
+                }
+                Ok((ours, *stages))
+            }
+            other => bail!("the supervisor speaks out of turn: {other:?}"),
+        }
+    }
+
+    /// What a supervisor says that is nobody's answer.
+    fn complaints(&self, record: &Record) -> Result<fs::File> {
+        let path = Directory::of(&self.root, &record.id).path("supervisor.log");
+        fs::File::create(&path).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// The container of a name, an id, or an unambiguous beginning of an id, as it
+    /// stands now.
+    ///
+    /// # Errors
+    /// None, or several.
+    pub fn find(&self, wanted: &str) -> Result<Record> {
+        self.settle(self.store.find(wanted)?)
+    }
+
+    /// All containers, the newest first, as they stand now.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn list(&self) -> Result<Vec<Record>> {
+        let all = self.store.list()?;
+        all.into_iter().map(|record| self.settle(record)).collect()
+    }
+
+    /// A record that says that a container lives is right only as long as somebody
+    /// owns it: the rest is the word of a supervisor that was killed, or of a host that
+    /// has crashed.
+    fn settle(&self, mut record: Record) -> Result<Record> {
+        if !record.state.status.is_live() {
+            return Ok(record);
+        }
+        let directory = self.directory(&record);
+        if directory.is_owned().unwrap_or(false) {
+            return Ok(record);
+        }
+        // It may have ended, and been written, since it was read.
+        let Ok(again) = self.store.find(&record.id) else {
+            return Ok(record);
+        };
+        record = again;
+        if record.state.status.is_live() && !directory.is_owned().unwrap_or(false) {
+            record.state.status = Status::Exited;
+            record.state.exit_code = KILLED;
+            record.state.supervisor = None;
+            record.state.finished = Some(jiff::Timestamp::now());
+            record.state.error = "its supervisor was killed, or the host has restarted".into();
+            self.store.set_state(&record.id, &record.state)?;
+        }
+        Ok(record)
+    }
+
+    /// Asks the container's supervisor, and waits for its answer.
+    ///
+    /// # Errors
+    /// A container that is not running; what the supervisor says.
+    pub fn ask(&self, record: &Record, request: &Request) -> Result<(Answer, UnixStream)> {
+        let connected = self.directory(record).connect();
+        let mut stream = connected
+            .ok()
+            .filter(|_| record.state.status.is_live())
+            .with_context(|| format!("container {} is not running", record.name))?;
+        wire::send(&mut stream, request).context("the container's supervisor has gone")?;
+        Ok((answer(&mut stream)?, stream))
+    }
+
+    /// Ends a container; what has ended already stays so.
+    ///
+    /// # Errors
+    /// What its supervisor says.
+    pub fn end(&self, record: &Record, request: &Request) -> Result<()> {
+        if !record.state.status.is_live() {
+            return Ok(());
+        }
+        let ended = self.ask(record, request);
+        // It may have ended while we asked.
+        if ended.is_err()
+            && !self
+                .find(&record.id)
+                .is_ok_and(|r| r.state.status.is_live())
+        {
+            return Ok(());
+        }
+        ended.map(drop)
+    }
+
+    /// Waits until a container that lives has ended; its status.
+    ///
+    /// # Errors
+    /// What its supervisor says.
+    pub fn wait(&self, record: &Record) -> Result<u8> {
+        if record.state.status.is_live()
+            && let Ok((Answer::Ended(status), _)) = self.ask(record, &Request::Wait)
+        {
+            return Ok(status);
+        }
+        Ok(self.find(&record.id)?.state.exit_code)
+    }
+
+    /// Removes a container that is at rest; with `force`, one that lives is ended.
+    ///
+    /// # Errors
+    /// One that lives, or the file system's.
+    pub fn remove(&self, record: &Record, force: bool) -> Result<()> {
+        if record.state.status.is_live() {
+            if !force {
+                let (name, status) = (&record.name, record.state.status.word());
+                bail!("container {name} is {status}: stop it first, or remove it with --force");
+            }
+            self.end(record, &Request::Kill)?;
+        }
+        // One that removes itself is gone by now.
+        if self.store.find(&record.id).is_err() {
+            return Ok(());
+        }
+        self.remove_directory(record)?;
+        self.store.remove(&record.id)
+    }
+
+    fn remove_directory(&self, record: &Record) -> Result<()> {
+        let directory = self.directory(record);
+        if !directory.exists() {
+            return Ok(());
+        }
+        match directory.own(LET_GO)? {
+            Some(ownership) => directory.remove(ownership),
+            None => bail!("container {} was started again", record.name),
+        }
+    }
+
+    /// Gives it another name.
+    ///
+    /// # Errors
+    /// A name that is taken, or none.
+    pub fn rename(&self, record: &Record, name: &str) -> Result<()> {
+        id::check_name(name)?;
+        self.store.rename(&record.id, name)
+    }
+
+    /// Where its log is.
+    pub fn log_path(&self, record: &Record) -> PathBuf {
+        self.directory(record).path(LOG)
+    }
+
+    /// What its disk takes, in bytes.
+    pub fn disk_bytes(&self, record: &Record) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let disk = self.directory(record).path(WRITABLE);
+        fs::metadata(disk).map_or(0, |found| found.blocks() * 512)
+    }
+
+    fn directory(&self, record: &Record) -> Directory {
+        Directory::of(&self.root, &record.id)
+    }
+
+    /// Removes what killed processes have left.
+    fn sweep(&self) {
+        directory::sweep(&self.root, |id| self.store.has_id(id));
+    }
+}
+
+/// What belongs to a container before it begins.
+fn fill(dir: &Path, spec: &Spec) -> Result<()> {
+    if let Some(rootfs) = &spec.rootfs {
+        let link = dir.join(ROOT);
+        // A hard link outlives the image; where there can be none, a symbolic one has
+        // to do.
+        if fs::hard_link(rootfs, &link).is_err() {
+            let rootfs = fs::canonicalize(rootfs)
+                .with_context(|| format!("cannot find {}", rootfs.display()))?;
+            std::os::unix::fs::symlink(rootfs, &link)
+                .with_context(|| format!("cannot make {}", link.display()))?;
+        }
+    }
+    if spec.writable == Layer::Disk {
+        let empty = guest::find(&guest::GuestArgs::default())?.writable;
+        let path = dir.join(WRITABLE);
+        let file =
+            fs::File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        disk::write(&empty, &file)?;
+        if !spec.auto_remove {
+            file.sync_all()
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// A supervisor outlives us or not: its end is nobody's business but the kernel's.
+fn reap(mut supervisor: std::process::Child) -> Result<()> {
+    std::thread::Builder::new()
+        .name("reaper".into())
+        .stack_size(64 << 10)
+        .spawn(move || supervisor.wait().map(drop))
+        .map(drop)
+        .context("cannot start a thread")
+}
+
+fn answer(stream: &mut UnixStream) -> Result<Answer> {
+    const GONE: &str = "the container's supervisor has gone";
+    match wire::receive(stream).context(GONE)? {
+        Some(Answer::Failed { message, code }) => Err(Refused { message, code }.into()),
+        Some(answer) => Ok(answer),
+        None => bail!(GONE),
+    }
+}

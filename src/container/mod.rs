@@ -1,0 +1,47 @@
+//! Containers: their records, their directories, and the processes that own them.
+//!
+//! ```text
+//! engine      what can be done with containers, by whoever asks
+//! record      what is kept of one                      (store: in a database)
+//! directory   what belongs to one: lock, socket, disks, log
+//! supervisor  the process that owns one while it lives
+//! wire        what its clients say to it               (client: a session on a terminal)
+//! log         what it has said                         (logs: shown)
+//! ```
+
+pub mod cli;
+mod client;
+mod directory;
+mod engine;
+mod id;
+mod log;
+mod logs;
+mod record;
+mod show;
+mod signal;
+mod store;
+pub mod supervisor;
+mod wire;
+
+pub use engine::{Engine, Refused};
+pub use record::{Layer, LogLimits, RestartPolicy, Spec};
+pub use signal::parse as parse_signal;
+
+/// Its root file system, in its directory.
+const ROOT: &str = "root";
+/// Its writable layer.
+const WRITABLE: &str = "writable";
+/// What it has said.
+const LOG: &str = "log";
+
+/// Sets a variable; `NAME` alone takes the caller's value, or takes it out if the
+/// caller has none.
+pub fn set_env(env: &mut Vec<String>, word: &str) {
+    let name = word.split('=').next().unwrap_or(word);
+    env.retain(|e| e.split('=').next() != Some(name));
+    if word.contains('=') {
+        env.push(word.to_owned());
+    } else if let Ok(value) = std::env::var(name) {
+        env.push(format!("{name}={value}"));
+    }
+}

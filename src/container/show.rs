@@ -1,0 +1,264 @@
+//! Containers as people and tools see them.
+
+use super::engine::Engine;
+use super::id;
+use super::record::{Layer, Record, RestartPolicy, State, Status};
+use super::wire::Stats;
+use anyhow::Result;
+use indicatif::HumanDuration;
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use std::io::Write;
+use std::time::Duration;
+
+/// Characters of a command that a table has room for.
+const COMMAND_WIDTH: usize = 20;
+
+/// An id for each line.
+///
+/// # Errors
+/// An output that is closed.
+pub fn ids(records: &[Record], whole: bool, out: &mut impl Write) -> Result<()> {
+    for record in records {
+        writeln!(out, "{}", shown_id(record, whole))?;
+    }
+    Ok(())
+}
+
+/// Docker's table.
+///
+/// # Errors
+/// An output that is closed.
+pub fn table(records: &[Record], whole: bool, out: &mut impl Write) -> Result<()> {
+    let header = [
+        "CONTAINER ID",
+        "IMAGE",
+        "COMMAND",
+        "CREATED",
+        "STATUS",
+        "NAMES",
+    ];
+    let mut rows = vec![header.map(str::to_owned)];
+    rows.extend(records.iter().map(|record| {
+        [
+            shown_id(record, whole).to_owned(),
+            record.spec.image.clone(),
+            command(record, whole),
+            format!("{} ago", age(record.spec.created)),
+            status(&record.state),
+            record.name.clone(),
+        ]
+    }));
+    columns(&rows, out)
+}
+
+/// Rows as columns of a width, the last one as it is.
+fn columns<const N: usize>(rows: &[[String; N]], out: &mut impl Write) -> Result<()> {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or_default());
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(widths) {
+            line += &format!("{cell:width$}   ");
+        }
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+fn shown_id(record: &Record, whole: bool) -> &str {
+    if whole {
+        &record.id
+    } else {
+        id::short(&record.id)
+    }
+}
+
+fn command(record: &Record, whole: bool) -> String {
+    let line = record.spec.args.join(" ");
+    let line: String = line.chars().flat_map(char::escape_debug).collect();
+    if whole || line.chars().count() <= COMMAND_WIDTH {
+        return format!("\"{line}\"");
+    }
+    let start: String = line.chars().take(COMMAND_WIDTH - 1).collect();
+    format!("\"{start}…\"")
+}
+
+/// Docker's words for where a container stands.
+fn status(state: &State) -> String {
+    let since = |at: Option<Timestamp>| at.map_or_else(|| "some time".to_owned(), age);
+    match state.status {
+        Status::Created => "Created".to_owned(),
+        Status::Running => format!("Up {}", since(state.started)),
+        Status::Paused => format!("Up {} (Paused)", since(state.started)),
+        Status::Restarting => format!(
+            "Restarting ({}) {} ago",
+            state.exit_code,
+            since(state.finished)
+        ),
+        Status::Exited => format!("Exited ({}) {} ago", state.exit_code, since(state.finished)),
+    }
+}
+
+fn age(at: Timestamp) -> String {
+    let elapsed = Timestamp::now().duration_since(at);
+    let elapsed = Duration::try_from(elapsed).unwrap_or_default();
+    HumanDuration(Duration::from_secs(elapsed.as_secs())).to_string()
+}
+
+/// One array of docker's objects, as far as they have a meaning here.
+///
+/// # Errors
+/// An output that is closed.
+pub fn json(engine: &Engine, records: &[Record], out: &mut impl Write) -> Result<()> {
+    let all: Vec<Value> = records
+        .iter()
+        .map(|record| object(engine, record))
+        .collect();
+    Ok(writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?)
+}
+
+/// Docker's zero of time.
+const NEVER: &str = "0001-01-01T00:00:00Z";
+
+fn object(engine: &Engine, record: &Record) -> Value {
+    let (spec, state) = (&record.spec, &record.state);
+    let time = |at: Option<Timestamp>| at.map_or(NEVER.to_owned(), |at| at.to_string());
+    let status = state.status;
+    let (path, args) = match spec.args.split_first() {
+        Some((path, args)) => (path.as_str(), args),
+        None => ("", &[][..]),
+    };
+    let (restart, most) = match spec.restart {
+        RestartPolicy::No => ("no", 0),
+        RestartPolicy::Always => ("always", 0),
+        RestartPolicy::UnlessStopped => ("unless-stopped", 0),
+        RestartPolicy::OnFailure(most) => ("on-failure", most),
+    };
+    json!({
+        "Id": record.id,
+        "Name": format!("/{}", record.name),
+        "Created": spec.created.to_string(),
+        "Path": path,
+        "Args": args,
+        "Image": spec.image_id,
+        "LogPath": engine.log_path(record),
+        "RestartCount": state.restarts,
+        "State": {
+            "Status": status.word(),
+            "Running": status.is_live(),
+            "Paused": status == Status::Paused,
+            "Restarting": status == Status::Restarting,
+            "ExitCode": state.exit_code,
+            "Error": state.error,
+            "StartedAt": time(state.started),
+            "FinishedAt": time(state.finished),
+        },
+        "Config": {
+            "Hostname": spec.hostname,
+            "User": spec.user,
+            "Tty": spec.tty,
+            "OpenStdin": spec.stdin,
+            "StdinOnce": spec.stdin_once,
+            "Env": spec.env,
+            "Cmd": spec.args,
+            "Image": spec.image,
+            "WorkingDir": spec.cwd,
+            "Labels": spec.labels,
+            "StopSignal": spec.stop_signal.to_string(),
+            "StopTimeout": spec.stop_timeout,
+        },
+        "HostConfig": {
+            "AutoRemove": spec.auto_remove,
+            "RestartPolicy": { "Name": restart, "MaximumRetryCount": most },
+            "ReadonlyRootfs": spec.writable == Layer::Nothing,
+            "Memory": spec.memory,
+            "NanoCpus": u64::from(spec.cpus) * 1_000_000_000,
+            "LogConfig": {
+                "Type": "json-file",
+                "Config": {
+                    "max-size": spec.log.max_size.to_string(),
+                    "max-file": spec.log.max_files.to_string(),
+                },
+            },
+        },
+        "VmRun": {
+            "Template": state.template,
+            "Domain": spec.domain,
+            "Jail": !spec.no_jail,
+            "WritableLayer": spec.writable,
+            "WritableBytes": engine.disk_bytes(record),
+            "Supervisor": state.supervisor,
+        },
+    })
+}
+
+/// What containers cost.
+///
+/// # Errors
+/// An output that is closed.
+pub fn stats(rows: &[(Record, Stats)], as_json: bool, out: &mut impl Write) -> Result<()> {
+    if as_json {
+        let all: Vec<Value> = rows
+            .iter()
+            .map(|(record, stats)| {
+                json!({
+                    "Id": record.id,
+                    "Name": record.name,
+                    "GuestPrivateKiB": stats.guest_private,
+                    "PrivateKiB": stats.private,
+                    "PssKiB": stats.pss,
+                    "CpuMicroseconds": stats.cpu_us,
+                })
+            })
+            .collect();
+        return Ok(writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?);
+    }
+    let header = [
+        "CONTAINER ID",
+        "NAME",
+        "CPU TIME",
+        "GUEST'S OWN",
+        "PRIVATE",
+        "PSS",
+    ];
+    let mut table = vec![header.map(str::to_owned)];
+    table.extend(rows.iter().map(|(record, stats)| {
+        [
+            id::short(&record.id).to_owned(),
+            record.name.clone(),
+            format!("{:.2} s", stats.cpu_us as f64 / 1e6),
+            format!("{} KiB", stats.guest_private),
+            format!("{} KiB", stats.private),
+            format!("{} KiB", stats.pss),
+        ]
+    }));
+    columns(&table, out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_is_described_in_dockers_words() {
+        let mut state = State::default();
+        assert_eq!(status(&state), "Created");
+        state.status = Status::Exited;
+        state.exit_code = 137;
+        state.finished = Some(Timestamp::now());
+        assert_eq!(status(&state), "Exited (137) 0 seconds ago");
+        state.status = Status::Paused;
+        state.started = Some(Timestamp::now() - Duration::from_secs(130));
+        assert_eq!(status(&state), "Up 2 minutes (Paused)");
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest() {
+        let rows = [["A", "B"], ["long", "x"], ["é", ""]].map(|row| row.map(str::to_owned));
+        let mut out = Vec::new();
+        columns(&rows, &mut out).expect("written");
+        let out = String::from_utf8(out).expect("text");
+        assert_eq!(out, "A      B\nlong   x\né\n");
+    }
+}

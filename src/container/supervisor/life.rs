@@ -1,0 +1,375 @@
+//! One life of the container: a child is forked, its process started, and whatever
+//! clients want of it is done until it ends.
+
+use super::session::{Client, DRAIN, Farewells, Session, SharedLog, lock};
+use crate::container::directory::Directory;
+use crate::container::record::{Layer, Record, Spec};
+use crate::container::wire::{self, Answer, Exec, Stats, Window};
+use crate::container::{ROOT, WRITABLE, set_env};
+use crate::templates;
+use anyhow::{Context, Result, bail};
+use fork::{
+    CONTAINER, Child, ContainerSpec, Disks, ForkSpec, Host, Place, Pool, ProcessId, ProcessSpec,
+    Stages, Stream, Template, WindowSize, Writable,
+};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::{AsFd, OwnedFd};
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
+
+/// What is asked of a live container. Each is answered on the channel it brings.
+pub enum Order {
+    Exec(Exec, Vec<Arc<Client>>, SyncSender<Result<Arc<Session>>>),
+    Pause(SyncSender<Result<()>>),
+    Unpause(SyncSender<Result<()>>),
+    Stats(SyncSender<Result<Stats>>),
+    /// End the virtual machine, whatever runs in it.
+    End,
+}
+
+/// The way for orders into a life.
+#[derive(Clone)]
+pub struct Orders {
+    sender: Sender<Order>,
+    bell: Arc<OwnedFd>,
+}
+
+impl Orders {
+    /// False if there is nobody to obey any more.
+    pub fn send(&self, order: Order) -> bool {
+        if self.sender.send(order).is_err() {
+            return false;
+        }
+        // A counter that is full wakes as well.
+        if let Err(error) = rustix::io::write(&*self.bell, &1_u64.to_ne_bytes()) {
+            log::debug!("the bell: {error}");
+        }
+        true
+    }
+}
+
+/// Everything that lives are made of, made once.
+pub struct Mother {
+    pool: Pool,
+    /// The template's.
+    name: String,
+    notices: Vec<String>,
+    spec: Spec,
+    directory: Directory,
+    log: SharedLog,
+    farewells: Arc<Farewells>,
+}
+
+/// A container that runs.
+pub struct Life {
+    child: Child,
+    /// Its first process; or the one beside a container that goes on.
+    pub main: Arc<Session>,
+    main_id: ProcessId,
+    others: HashMap<ProcessId, Arc<Session>>,
+    orders: Receiver<Order>,
+    way: Orders,
+    spec: Spec,
+    is_paused: bool,
+    farewells: Arc<Farewells>,
+}
+
+impl Mother {
+    /// Finds or builds the template, and has workers started.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn new(
+        root: &Path,
+        record: &Record,
+        directory: &Directory,
+        log: SharedLog,
+        farewells: Arc<Farewells>,
+    ) -> Result<Self> {
+        let spec = record.spec.clone();
+        // First: the worker comes up while the rest is found.
+        let (workers, notices) = crate::workers::start(crate::workers::JailArgs {
+            no_jail: spec.no_jail,
+        })?;
+        workers.spawn_ahead()?;
+        let host = Arc::new(Host::open()?);
+        let machine = spec.machine();
+        let (template, name) = match &spec.template {
+            Some(name) => (templates::open(root, host, name)?, name.clone()),
+            None => (
+                templates::default_for(root, host, &machine, &spec.domain)?,
+                templates::default_name(&machine, &spec.domain)?,
+            ),
+        };
+        let pool = Pool::new(Arc::new(template), Place::Workers(workers), 0)?;
+        Ok(Self {
+            pool,
+            name,
+            notices,
+            spec,
+            directory: directory.clone(),
+            log,
+            farewells,
+        })
+    }
+
+    fn template(&self) -> &Template {
+        self.pool.template()
+    }
+
+    /// What the person who starts it has to be told.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
+    }
+
+    /// What it forks, for people.
+    pub fn template_name(&self) -> String {
+        self.name.clone()
+    }
+
+    /// Forks a child and starts the container in it. `begun` is told when it has begun
+    /// and before its first output is taken, and gives those who are to see that.
+    ///
+    /// # Errors
+    /// What forbids it; a [`fork::Error`] within tells docker's status.
+    pub fn give_birth(
+        &self,
+        window: Option<WindowSize>,
+        begun: impl FnOnce(&Stages) -> Vec<Arc<Client>>,
+    ) -> Result<Life> {
+        let mut child = self.pool.fork(ForkSpec {
+            hostname: self.spec.hostname.clone(),
+            disks: self.disks()?,
+            domain: self.spec.domain.clone(),
+            ..ForkSpec::default()
+        })?;
+        let process = match (self.template().warm(), self.spec.args.is_empty()) {
+            (None, _) => {
+                let container = ContainerSpec {
+                    writable: match self.spec.writable {
+                        Layer::Disk | Layer::Inside => Writable::Disk,
+                        Layer::Memory(limit) => Writable::Memory { limit },
+                        Layer::Nothing => Writable::Nothing,
+                    },
+                    warm: false,
+                };
+                child.start(container, first_process(&self.spec, window))?
+            }
+            (Some(warm), true) => child.attach(&warm.streams)?,
+            (Some(warm), false) => {
+                // Nobody has anything to say to it, and its input is not to end.
+                let unseen: Vec<Stream> = warm
+                    .streams
+                    .iter()
+                    .copied()
+                    .filter(|stream| *stream != Stream::Stdin)
+                    .collect();
+                crate::stdio::discard(child.attach(&unseen)?)?;
+                child.exec(first_process(&self.spec, window))?
+            }
+        };
+        let main_id = process.remote.process();
+        let clients = begun(&child.stages());
+        let main = Session::new(process, Some(&self.log), clients)?;
+        let (sender, orders) = channel();
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .context("cannot make an eventfd")?;
+        Ok(Life {
+            child,
+            main,
+            main_id,
+            others: HashMap::new(),
+            orders,
+            way: Orders {
+                sender,
+                bell: Arc::new(bell),
+            },
+            spec: self.spec.clone(),
+            is_paused: false,
+            farewells: Arc::clone(&self.farewells),
+        })
+    }
+
+    fn disks(&self) -> Result<Disks> {
+        let open = |name: &str, write: bool| {
+            let path = self.directory.path(name);
+            File::options()
+                .read(true)
+                .write(write)
+                .open(&path)
+                .with_context(|| format!("cannot open {}", path.display()))
+        };
+        Ok(Disks {
+            root: match self.spec.rootfs {
+                Some(_) => Some(open(ROOT, false)?),
+                None => None,
+            },
+            writable: match self.spec.writable {
+                Layer::Disk => Some(open(WRITABLE, true)?),
+                Layer::Memory(_) | Layer::Nothing | Layer::Inside => None,
+            },
+        })
+    }
+}
+
+fn first_process(spec: &Spec, window: Option<WindowSize>) -> ProcessSpec {
+    ProcessSpec {
+        args: spec.args.clone(),
+        env: spec.env.clone(),
+        cwd: spec.cwd.clone(),
+        user: spec.user.clone(),
+        streams: streams(spec.tty, spec.stdin),
+        window,
+    }
+}
+
+/// The streams of a process.
+fn streams(tty: bool, stdin: bool) -> Vec<Stream> {
+    match (tty, stdin) {
+        (true, _) => vec![Stream::Terminal],
+        (false, true) => vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
+        (false, false) => vec![Stream::Stdout, Stream::Stderr],
+    }
+}
+
+impl Life {
+    /// The way in for orders.
+    pub fn orders(&self) -> Orders {
+        self.way.clone()
+    }
+
+    /// Lives: obeys, until the container ends; the result is its status.
+    ///
+    /// # Errors
+    /// A virtual machine that dies instead.
+    pub fn live(&mut self) -> Result<u8> {
+        let bell = Arc::clone(&self.way.bell);
+        loop {
+            match self.child.next_exit(bell.as_fd())? {
+                Some((process, status)) if process == self.main_id => {
+                    self.main.drain(Some(DRAIN));
+                    return Ok(status.code());
+                }
+                // A container that was beside the command, or has been told of.
+                Some((process, status)) => {
+                    if let Some(session) = self.others.remove(&process) {
+                        session.farewell(status.code(), "", Some(DRAIN), &self.farewells)?;
+                    } else if process == CONTAINER {
+                        bail!("the container ended, with status {}", status.code());
+                    }
+                }
+                None => {
+                    // An empty counter is no error.
+                    rustix::io::read(&*bell, &mut [0; 8]).ok();
+                    while let Ok(order) = self.orders.try_recv() {
+                        if matches!(order, Order::End) {
+                            const KILLED: u8 = 128 + 9;
+                            return Ok(KILLED);
+                        }
+                        self.obey(order);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whoever asks and has gone since needs no answer.
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Exec(exec, clients, reply) => {
+                let done = self.exec(exec, clients);
+                reply.send(done).ok();
+            }
+            Order::Pause(reply) => {
+                reply.send(self.pause()).ok();
+            }
+            Order::Unpause(reply) => {
+                reply.send(self.unpause()).ok();
+            }
+            Order::Stats(reply) => {
+                reply.send(self.stats()).ok();
+            }
+            Order::End => {}
+        }
+    }
+
+    fn exec(&mut self, exec: Exec, clients: Vec<Arc<Client>>) -> Result<Arc<Session>> {
+        if self.is_paused {
+            bail!("the container is paused: unpause it first");
+        }
+        let mut env = self.spec.env.clone();
+        for word in exec.env {
+            set_env(&mut env, &word);
+        }
+        let process = self.child.exec(ProcessSpec {
+            args: exec.args,
+            env,
+            cwd: exec.cwd.unwrap_or_else(|| self.spec.cwd.clone()),
+            user: exec.user.unwrap_or_else(|| self.spec.user.clone()),
+            streams: streams(exec.tty, exec.stdin),
+            window: exec.window.map(Window::size),
+        })?;
+        let id = process.remote.process();
+        for client in &clients {
+            // Before its first output. One that has gone is found out later.
+            client.with(|to| wire::send(to, &Answer::Done)).ok();
+        }
+        let session = Session::new(process, None, clients)?;
+        self.others.insert(id, Arc::clone(&session));
+        Ok(session)
+    }
+
+    fn pause(&mut self) -> Result<()> {
+        if self.is_paused {
+            bail!("the container is paused already");
+        }
+        self.child.pause()?;
+        self.is_paused = true;
+        Ok(())
+    }
+
+    fn unpause(&mut self) -> Result<()> {
+        if !self.is_paused {
+            bail!("the container is not paused");
+        }
+        self.child.unpause()?;
+        self.is_paused = false;
+        Ok(())
+    }
+
+    fn stats(&self) -> Result<Stats> {
+        let stats = self.child.stats()?;
+        Ok(Stats {
+            guest_private: stats.guest_private,
+            private: stats.private,
+            pss: stats.pss,
+            cpu_us: stats.cpu_us,
+        })
+    }
+
+    /// What is left of its other processes is told that they have ended with it.
+    ///
+    /// # Errors
+    /// No thread.
+    pub fn bury(mut self) -> Result<Arc<Session>> {
+        for (_, session) in self.others.drain() {
+            const KILLED: u8 = 128 + 9;
+            session.farewell(KILLED, "", Some(DRAIN), &self.farewells)?;
+        }
+        let main = Arc::clone(&self.main);
+        // Until its worker has gone: whoever is told of its end may start it again, and
+        // its disk must be free.
+        self.child.end();
+        Ok(main)
+    }
+}
+
+/// There will be no more output for now.
+pub fn finish(log: &SharedLog) {
+    if let Err(error) = lock(log).finish() {
+        log::error!("{error:#}");
+    }
+}
