@@ -174,6 +174,10 @@ impl Mother {
         let main_id = process.remote.process();
         let clients = begun(&child.stages());
         let main = Session::new(process, Some(&self.log), clients)?;
+        if !self.spec.stdin {
+            // Of a container that goes on: nobody will say anything to it.
+            main.end_input();
+        }
         let (sender, orders) = channel();
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .context("cannot make an eventfd")?;

@@ -287,9 +287,10 @@ fn hear_input(
     main: &Arc<Session>,
     shared: &Shared,
 ) -> Result<()> {
-    let heard = hear(stream, main);
+    let once = shared.read(|record| record.spec.stdin_once);
+    let heard = hear(stream, main, once);
     main.leave(client);
-    if shared.read(|record| record.spec.stdin_once) {
+    if once {
         main.end_input();
     }
     heard
@@ -301,6 +302,7 @@ fn hear_nothing(mut stream: UnixStream, client: &Arc<Client>, main: &Arc<Session
         match wire::receive_frame(&mut stream) {
             Ok(Some(Frame::Resize(size))) => main.remote().resize(size)?,
             Ok(Some(Frame::Signal(signal))) => main.remote().signal(signal)?,
+            Ok(Some(Frame::InputEnded)) => {}
             Ok(Some(_)) => break Err(anyhow!("a frame out of turn")),
             Ok(None) => break Ok(()),
             Err(error) => break Err(error),
@@ -310,11 +312,13 @@ fn hear_nothing(mut stream: UnixStream, client: &Arc<Client>, main: &Arc<Session
     heard
 }
 
-fn hear(mut stream: UnixStream, session: &Session) -> Result<()> {
+/// Takes what a client sends. With `once`, the end of its input is the process's.
+fn hear(mut stream: UnixStream, session: &Session, once: bool) -> Result<()> {
     while let Some(frame) = wire::receive_frame(&mut stream)? {
         match frame {
             Frame::Input(bytes) => session.input(&bytes),
-            Frame::InputEnded => session.end_input(),
+            Frame::InputEnded if once => session.end_input(),
+            Frame::InputEnded => {}
             Frame::Resize(size) => session.remote().resize(size)?,
             Frame::Signal(signal) => session.remote().signal(signal)?,
             Frame::Stdout(_) | Frame::Stderr(_) | Frame::Ended { .. } => {
@@ -338,7 +342,7 @@ fn begin_exec(mut stream: UnixStream, exec: Exec, shared: &Arc<Shared>) -> Resul
         Ok(_) if detach => client.with(|to| wire::send(to, &Answer::Done)),
         Ok(session) => {
             // The answer was sent when it began.
-            let heard = hear(stream, &session);
+            let heard = hear(stream, &session, true);
             session.leave(&client);
             session.end_input();
             heard
