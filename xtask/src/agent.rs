@@ -65,9 +65,15 @@ pub fn build_static(package: &str, program: &str) -> Result<PathBuf> {
 }
 
 /// Static, and with no path of this machine in it: the digest of the guest must
-/// not depend on where it was built.
+/// not depend on where it was built. At the linker's own address, 2 MiB, and not one
+/// that the kernel chooses: code and data then lie in one region of 2 MiB, below one
+/// page table, and each table that a child uses is a page of its own
+/// (docs/faults.md). Other programs have their addresses at random as before.
 fn rustflags(workspace: &Path) -> String {
-    let mut flags = vec!["-C target-feature=+crt-static".to_owned()];
+    let mut flags = vec![
+        "-C target-feature=+crt-static".to_owned(),
+        "-C relocation-model=static".to_owned(),
+    ];
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
     flags.push(format!("--remap-path-prefix={}=guest", workspace.display()));

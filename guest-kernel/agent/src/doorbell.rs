@@ -1,14 +1,38 @@
 //! The two pages that the guest shares with its monitor, mapped through
-//! `/dev/mem` before the fork point.
+//! `/dev/mem` before the fork point; and the stack of the step between them.
+//!
+//! A processor under nested paging writes to each page table that it walks, so each
+//! is a page of the child's own. The two pages and the stack lie in the program's
+//! image, which is linked to be inside one region of 2 MiB: four tables serve all.
 
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Result;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap};
+use std::arch::asm;
+use std::cell::UnsafeCell;
 use std::mem::offset_of;
 use std::ptr::{NonNull, read_volatile, write_volatile};
+use std::sync::atomic::{AtomicBool, Ordering};
 use vm_run_abi::{PAGE_SIZE, VERSION, doorbell, identity};
 
 const PAGE: usize = PAGE_SIZE as usize;
+
+/// Room for a page in the program's image. Only its address is used.
+#[repr(C, align(4096))]
+struct Place(UnsafeCell<[u8; PAGE]>);
+
+// SAFETY: nobody reads or writes a place as Rust sees it: a mapping is put over it,
+// or it is a stack, which one step at a time has the use of.
+unsafe impl Sync for Place {}
+
+impl Place {
+    const fn new() -> Self {
+        Self(UnsafeCell::new([0; PAGE]))
+    }
+}
+
+static DOORBELL_AT: Place = Place::new();
+static IDENTITY_AT: Place = Place::new();
 
 /// The doorbell page. See [`vm_run_abi::doorbell`].
 #[derive(Debug, Clone, Copy)]
@@ -23,7 +47,8 @@ unsafe impl Sync for Doorbell {}
 impl Doorbell {
     /// Maps the page. Not cached: it is a device.
     pub fn map() -> Result<Self> {
-        map(doorbell::GPA, OFlags::RDWR | OFlags::SYNC, ProtFlags::WRITE).map(Self)
+        let flags = OFlags::RDWR | OFlags::SYNC;
+        map(&DOORBELL_AT, doorbell::GPA, flags, ProtFlags::WRITE).map(Self)
     }
 
     /// The fork point: returns in the parent, and in every child.
@@ -64,6 +89,12 @@ impl Doorbell {
 #[derive(Debug, Clone, Copy)]
 pub struct IdentityPage(NonNull<u64>);
 
+// SAFETY: the mapping is never taken away, and every access is volatile and of
+// whole words, as with a monitor that writes the page at the same time.
+unsafe impl Send for IdentityPage {}
+// SAFETY: as above.
+unsafe impl Sync for IdentityPage {}
+
 /// The used part of the page in words, for the volatile copy.
 const WORDS: usize = identity::SIZE / 8;
 const _: () = assert!(identity::SIZE.is_multiple_of(8) && identity::SIZE <= PAGE);
@@ -85,7 +116,7 @@ impl IdentityPage {
     /// Maps the page. Cached: it is ordinary memory that the kernel leaves alone.
     pub fn map() -> Result<Self> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        map(identity::GPA, OFlags::RDWR, protection).map(Self)
+        map(&IDENTITY_AT, identity::GPA, OFlags::RDWR, protection).map(Self)
     }
 
     /// Copies what the page holds now: the monitor may have changed it at any
@@ -112,17 +143,69 @@ impl IdentityPage {
     }
 }
 
+/// The stack of the step to the identity. A page is more than it takes: what is
+/// deeper than that is only the text of an error.
+#[repr(C)]
+struct Stack {
+    /// Where an overflow would go: nothing else is here.
+    spare: Place,
+    used: Place,
+}
+
+static STACK: Stack = Stack {
+    spare: Place::new(),
+    used: Place::new(),
+};
+
+/// Whether the stack is in use.
+static BUSY: AtomicBool = AtomicBool::new(false);
+
+/// Calls `step` on a stack of one page in the program's image.
+///
+/// # Panics
+/// If a step is on that stack already.
+pub fn on_small_stack<F: FnMut()>(mut step: F) {
+    extern "C" fn enter<F: FnMut()>(step: *mut F) {
+        // SAFETY: the exclusive borrow below, which lives through the call.
+        unsafe { (*step)() };
+    }
+    assert!(!BUSY.swap(true, Ordering::Acquire), "the stack is in use");
+    let top = STACK.used.0.get().wrapping_add(1);
+    // SAFETY: `top` is the end of a page that nobody else uses, as BUSY
+    // says, aligned to 16 as a call wants it. r12 is kept by every C function, so
+    // the old stack is back when the call returns; an unwinding step aborts at the
+    // C boundary. All registers that a C function may change are declared.
+    unsafe {
+        asm!(
+            "xchg rsp, r12",
+            "call {enter}",
+            "mov rsp, r12",
+            enter = sym enter::<F>,
+            in("rdi") &raw mut step,
+            inout("r12") top => _,
+            clobber_abi("C"),
+        );
+    }
+    BUSY.store(false, Ordering::Release);
+}
+
 /// Maps one page of guest-physical addresses for the life of the process.
-fn map(gpa: u64, flags: OFlags, protection: ProtFlags) -> Result<NonNull<u64>> {
+fn map(
+    place: &'static Place,
+    gpa: u64,
+    flags: OFlags,
+    protection: ProtFlags,
+) -> Result<NonNull<u64>> {
     let memory = open("/dev/mem", flags | OFlags::CLOEXEC, Mode::empty())?;
-    // SAFETY: a new mapping at an address of the kernel's choice; /dev/mem gives
-    // neither page to anybody else (a hole, and a range reserved by the e820 map).
+    // SAFETY: the mapping takes the place of one page that nothing else lies in, and
+    // that is not used but by its address; /dev/mem gives neither page to anybody
+    // else (a hole, and a range reserved by the e820 map).
     let page = unsafe {
         mmap(
-            std::ptr::null_mut(),
+            place.0.get().cast(),
             PAGE,
             protection,
-            MapFlags::SHARED,
+            MapFlags::SHARED | MapFlags::FIXED,
             &memory,
             gpa,
         )

@@ -1,6 +1,6 @@
 //! What a child does first: it becomes somebody.
 
-use crate::doorbell::{Doorbell, IdentityPage};
+use crate::doorbell::{Doorbell, IdentityPage, on_small_stack};
 use crate::sys;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, open};
@@ -34,14 +34,22 @@ impl ForkPoint {
     /// Rings the fork point until this is a child, and makes its identity hold:
     /// the result is its generation. An error must end the guest: nothing may run
     /// under a twin's identity.
-    pub fn become_child(&self) -> Result<u64, String> {
-        let generation = self.take_identity();
-        // The entropy has been passed by value: whoever freezes this child is
-        // not to find it in what the calls have left.
-        sys::wipe_stack();
-        let generation = generation?;
-        self.doorbell.identity_applied(generation);
-        Ok(generation)
+    ///
+    /// Static, because a static lies in the program's image: from the fork point to
+    /// the identity nothing of the ordinary stack or of the heap is touched.
+    pub fn become_child(&'static self) -> Result<u64, String> {
+        let mut result = Err(String::new());
+        on_small_stack(|| {
+            let generation = self.take_identity();
+            // The entropy has been passed by value: whoever freezes this child is
+            // not to find it in what the calls have left.
+            sys::wipe_stack();
+            if let Ok(generation) = generation {
+                self.doorbell.identity_applied(generation);
+            }
+            result = generation;
+        });
+        result
     }
 
     /// A function of its own so that its frame can be wiped.

@@ -35,5 +35,6 @@ pub mod serve;
 pub mod spawn;
 pub mod streams;
 pub mod sys;
+pub mod trial;
 pub mod user;
 pub mod warm;

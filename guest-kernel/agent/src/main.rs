@@ -16,7 +16,7 @@ use vm_run_agent::identity::ForkPoint;
 use vm_run_agent::rootfs::Disks;
 use vm_run_agent::serve::{Done, Server};
 use vm_run_agent::spawn::Resources;
-use vm_run_agent::{check, mounts, sys};
+use vm_run_agent::{check, mounts, sys, trial};
 
 /// The limits that a container inherits: what docker's daemon runs with. The
 /// kernel's own bound of open files is this too (fs.nr_open); its default of
@@ -24,8 +24,19 @@ use vm_run_agent::{check, mounts, sys};
 const LIMITS: [(Resource, Option<u64>); 2] =
     [(Resource::Nofile, Some(1 << 20)), (Resource::Nproc, None)];
 
+/// The container's disks: its image, and what it writes.
+const IMAGE: &str = "/dev/vda";
+const WRITABLE: &str = "/dev/vdb";
+
+/// What the trial and the boot have left to be done, the kernel does soon after them,
+/// and every child would do again.
+const QUIET: Duration = Duration::from_secs(1);
+
 /// The way to the monitor's user, once there is one.
 static DOORBELL: OnceLock<Doorbell> = OnceLock::new();
+
+/// The way to an identity, in the program's image: see [`ForkPoint::become_child`].
+static FORK_POINT: OnceLock<ForkPoint> = OnceLock::new();
 
 fn main() -> ExitCode {
     if std::process::id() != 1 {
@@ -72,7 +83,7 @@ fn settle() -> Result<(), String> {
 }
 
 /// Sets up the guest, to everything ready for the fork point.
-fn boot() -> Result<(ForkPoint, Server), String> {
+fn boot() -> Result<(&'static ForkPoint, Server), String> {
     mounts::cover_initramfs()?;
     let has_devtmpfs = mounts::mount_dev()?;
     let doorbell = Doorbell::map().map_err(|e| {
@@ -80,16 +91,13 @@ fn boot() -> Result<(ForkPoint, Server), String> {
         "the kernel lacks CONFIG_DEVMEM".to_owned()
     })?;
     let doorbell = *DOORBELL.get_or_init(|| doorbell);
-    let disks = Disks {
-        image: "/dev/vda".to_owned(),
-        writable: "/dev/vdb".to_owned(),
-    };
-    check_machine(has_devtmpfs, &disks)?;
+    check_machine(has_devtmpfs)?;
 
     set_limits()?;
     sys::loopback_up().map_err(|e| format!("cannot bring the loopback interface up: {e}"))?;
-    let fork_point = ForkPoint::prepare(doorbell)?;
-    Ok((fork_point, prepare_server(disks)?))
+    let prepared = ForkPoint::prepare(doorbell)?;
+    let fork_point = FORK_POINT.get_or_init(|| prepared);
+    Ok((fork_point, prepare_server()?))
 }
 
 fn set_limits() -> Result<(), String> {
@@ -104,7 +112,7 @@ fn set_limits() -> Result<(), String> {
 }
 
 /// Mounts what is left to mount, and looks whether anything is missing.
-fn check_machine(has_devtmpfs: bool, disks: &Disks) -> Result<(), String> {
+fn check_machine(has_devtmpfs: bool) -> Result<(), String> {
     let mut missing = mounts::mount_guest();
     if !has_devtmpfs {
         missing.push("CONFIG_DEVTMPFS");
@@ -112,38 +120,38 @@ fn check_machine(has_devtmpfs: bool, disks: &Disks) -> Result<(), String> {
     if let Some(why) = check::complaint(&check::missing_options(&missing)) {
         return Err(why);
     }
-    match check::missing_disks(&[&disks.image, &disks.writable]) {
+    match check::missing_disks(&[IMAGE, WRITABLE]) {
         Some(why) => Err(why),
         None => Ok(()),
     }
 }
 
-fn prepare_server(disks: Disks) -> Result<Server, String> {
+/// Opens all that the event loop works with. The trial is nobody's: in the
+/// container's cgroup it would stand in its counts, and leave the rules there, which
+/// forbid the disks.
+fn prepare_server() -> Result<Server, String> {
     mounts::enable_controllers()?;
     let cgroup = mounts::make_cgroup("container")?;
-    let resources = Resources {
-        disks,
+    let mut resources = Resources {
+        disks: Disks {
+            image: None,
+            writable: WRITABLE.to_owned(),
+        },
         freezer: Freezer::open(cgroup.as_fd())
             .map_err(|e| format!("cannot open the container's freezer: {e}"))?,
-        cgroup,
-        rules: load_rules().map_err(|e| format!("cannot load the rules for devices: {e}"))?,
+        cgroup: mounts::make_cgroup("nobody")?,
+        rules: Rules::load().map_err(|e| format!("cannot load the rules for devices: {e}"))?,
         helper: "/warm".to_owned(),
         agent: pidfd_open(getpid(), PidfdFlags::empty())
             .map_err(|e| format!("cannot open a pidfd of the agent: {e}"))?,
     };
+    trial::run(&resources)?;
+    std::thread::sleep(QUIET);
+    resources.disks.image = Some(IMAGE.to_owned());
+    resources.cgroup = cgroup;
     let listener = sys::listen_vsock(PORT).map_err(|e| format!("cannot listen on vsock: {e}"))?;
     let signals = sys::child_signals().map_err(|e| format!("cannot watch for SIGCHLD: {e}"))?;
     Server::new(listener, signals, resources).map_err(|e| format!("cannot make an epoll: {e}"))
-}
-
-/// The rules for the container's cgroup. They are in force at once for a cgroup
-/// that nobody is in: with the first rules the kernel patches its code, and that
-/// is better done here than in every child.
-fn load_rules() -> Result<Rules, String> {
-    let rules = Rules::load().map_err(|e| e.to_string())?;
-    let nobody = mounts::make_cgroup("nobody")?;
-    rules.apply(nobody.as_fd()).map_err(|e| e.to_string())?;
-    Ok(rules)
 }
 
 /// One line on the console. Where there is no console nobody can be told.

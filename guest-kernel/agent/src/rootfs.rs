@@ -15,8 +15,9 @@ use vm_run_abi::protocol::Writable;
 /// Where a guest finds what belongs to its container.
 #[derive(Debug, Clone)]
 pub struct Disks {
-    /// The image: erofs or ext4, never written.
-    pub image: String,
+    /// The image: erofs or ext4, never written. Without one the container finds an
+    /// empty root.
+    pub image: Option<String>,
     /// For [`Writable::Disk`]: an ext4.
     pub writable: String,
 }
@@ -133,7 +134,10 @@ pub fn mount_root(disks: &Disks, writable: &Writable) -> Result<String, String> 
     for path in [&paths.image, &paths.layer, &paths.root] {
         make_directory_with(path, 0o755)?;
     }
-    mount_image(&disks.image, &paths.image)?;
+    match &disks.image {
+        Some(disk) => mount_image(disk, &paths.image)?,
+        None => mount("tmpfs", &paths.image, "tmpfs", MountFlags::RDONLY, c"")?,
+    }
     mount_layer(disks, writable, &paths.layer)?;
     mount_overlay(&paths)?;
     Ok(paths.root)

@@ -239,11 +239,11 @@ pub fn reseed(random: BorrowedFd<'_>, entropy: &[u8; ENTROPY_LEN]) -> io::Result
     Ok(())
 }
 
-/// Overwrites 4 KiB of stack below the caller's frame, where functions that have
-/// returned may have left secrets.
+/// Overwrites 3 KiB of stack below the caller's frame, where functions that have
+/// returned may have left secrets. With the caller's frame that is less than a page.
 #[inline(never)]
 pub fn wipe_stack() {
-    let mut below = [0_u64; 512];
+    let mut below = [0_u64; 384];
     for word in &mut below {
         // SAFETY: `word` is a valid, exclusive reference.
         unsafe { ptr::write_volatile(word, 0) };

@@ -21,7 +21,7 @@ const DIRECTORY: &str = "/run/vm-run";
 const SOCKET: &str = "/run/vm-run/sock";
 
 /// The helper program in it.
-const HELPER: &str = "/run/vm-run/warm";
+pub const HELPER: &str = "/run/vm-run/warm";
 
 /// How the container's first process finds the socket.
 pub const VARIABLE: &str = "VM_RUN_WARM=/run/vm-run/sock";

@@ -45,7 +45,7 @@ pub fn serve(args: &[String]) -> ExitCode {
     let cgroup = open(cgroup, flags, Mode::empty()).unwrap();
     let resources = Resources {
         disks: Disks {
-            image: image.clone(),
+            image: Some(image.clone()),
             writable: writable.clone(),
         },
         freezer: Freezer::open(cgroup.as_fd()).unwrap(),
