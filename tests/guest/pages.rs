@@ -16,7 +16,7 @@ const PAGE: usize = 4096;
 /// From the wake-up until the identity holds: the least of some children, which are
 /// held there. Work that a timer brings meanwhile adds to it, and how much there is
 /// goes by the host's speed.
-const MOST_TO_IDENTITY: usize = 64;
+const MOST_TO_IDENTITY: usize = 96;
 /// From the wake-up to the exit of `true`.
 const MOST_TO_EXIT: usize = 770;
 /// Of those, pages that hold a block of the root image.
