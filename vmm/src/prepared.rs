@@ -191,15 +191,16 @@ impl Prepared {
         if parts.devices.kick() {
             parts.io.ensure()?;
         }
-        if let Some(state) = self.state.vcpus.first() {
-            state::begin(&self.first, state)?;
-        }
+        let timer = match self.state.vcpus.first() {
+            Some(state) => state::begin(&self.first, state)?,
+            None => None,
+        };
         let first = match self.thread.take() {
             Some(thread) => thread,
             None => Vcpu::spawn(0)?,
         };
         // Loaded, and begun: nothing is left to be restored from.
-        first.take(Seat::new(&self.host, &parts.kvm, self.first, None))?;
+        first.take(Seat::new(&self.host, &parts.kvm, self.first, None).with_timer(timer))?;
         parts.vcpus.insert(0, first);
         go(parts, &birth.events, birth.hold)?;
         let Some(parts) = self.parts.parts.take() else {

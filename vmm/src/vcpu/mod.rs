@@ -7,3 +7,4 @@ pub(crate) mod kick;
 #[allow(unsafe_code)]
 pub(crate) mod state;
 pub(crate) mod thread;
+pub(crate) mod timer;

@@ -2,6 +2,7 @@
 //! The orders are written once, over the trait [`Calls`], so that a test can
 //! record them.
 
+use super::timer::{self, HeldTimer};
 use crate::error::Error;
 use crate::x86_64::msr;
 use kvm_bindings::{
@@ -45,6 +46,8 @@ pub(crate) trait Calls {
     fn debugregs(&self, regs: &kvm_debugregs) -> Result<(), Error>;
     fn lapic(&self, lapic: &kvm_lapic_state) -> Result<(), Error>;
     fn msrs(&self, msrs: &Msrs) -> Result<(), Error>;
+    /// IA32_TSC_DEADLINE as it is: 0 when no timer runs. None: there is no such MSR.
+    fn deadline(&self) -> Result<Option<u64>, Error>;
     fn events(&self, events: &kvm_vcpu_events) -> Result<(), Error>;
     /// KVM_KVMCLOCK_CTRL: tells the guest's watchdogs that it was stopped.
     fn kvmclock_ctrl(&self) -> Result<(), Error>;
@@ -78,15 +81,15 @@ pub(crate) fn load(vcpu: &impl Calls, s: &VcpuState) -> Result<(), Error> {
     vcpu.events(&s.events)
 }
 
-/// What is left to do when the guest is about to run: its time goes on here.
-pub(crate) fn begin(vcpu: &impl Calls, s: &VcpuState) -> Result<(), Error> {
+/// What is left to do when the guest is about to run: its time goes on here. Its timer
+/// may be held back until the guest has its identity.
+pub(crate) fn begin(vcpu: &impl Calls, s: &VcpuState) -> Result<Option<HeldTimer>, Error> {
     if let Some(tsc) = &s.tsc {
         vcpu.msrs(tsc)?;
     }
-    if let Some(deadline) = &s.deadline {
-        vcpu.msrs(deadline)?;
-    }
-    vcpu.kvmclock_ctrl()
+    let held = timer::arm(vcpu, s)?;
+    vcpu.kvmclock_ctrl()?;
+    Ok(held)
 }
 
 impl Calls for VcpuFd {
@@ -126,6 +129,10 @@ impl Calls for VcpuFd {
     fn msrs(&self, msrs: &Msrs) -> Result<(), Error> {
         let set = self.set_msrs(msrs).map_err(Error::kvm("KVM_SET_MSRS"))?;
         all_taken(set, msrs.as_slice())
+    }
+    fn deadline(&self) -> Result<Option<u64>, Error> {
+        let msrs = read_msrs(self, &[msr::IA32_TSC_DEADLINE])?;
+        Ok(msrs.first().map(|m| m.data))
     }
     fn events(&self, events: &kvm_vcpu_events) -> Result<(), Error> {
         self.set_vcpu_events(events)
@@ -275,20 +282,22 @@ impl VcpuState {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
-    use std::cell::RefCell;
+    use std::cell::{Cell, RefCell};
 
     fn restore(vcpu: &impl Calls, s: &VcpuState, host_khz: u32) -> Result<(), Error> {
         identify(vcpu, s, host_khz)?;
         load(vcpu, s)?;
-        begin(vcpu, s)
+        begin(vcpu, s).map(|_| ())
     }
 
     #[derive(Default)]
-    struct Recorder {
+    pub(crate) struct Recorder {
         calls: RefCell<Vec<String>>,
         fail_at: Option<usize>,
+        /// What IA32_TSC_DEADLINE holds.
+        pub(crate) deadline: Cell<Option<u64>>,
     }
 
     impl Recorder {
@@ -331,12 +340,20 @@ mod tests {
             self.call("lapic")
         }
         fn msrs(&self, msrs: &Msrs) -> Result<(), Error> {
+            let deadline = |m: &&kvm_msr_entry| m.index == msr::IA32_TSC_DEADLINE;
+            if let Some(entry) = msrs.as_slice().iter().find(deadline) {
+                self.deadline.set(Some(entry.data));
+            }
             let indices: Vec<String> = msrs
                 .as_slice()
                 .iter()
                 .map(|m| format!("{:#x}", m.index))
                 .collect();
             self.call(format!("msrs {}", indices.join(" ")))
+        }
+        fn deadline(&self) -> Result<Option<u64>, Error> {
+            self.call("deadline")?;
+            Ok(self.deadline.get())
         }
         fn events(&self, _: &kvm_vcpu_events) -> Result<(), Error> {
             self.call("events")
@@ -346,7 +363,7 @@ mod tests {
         }
     }
 
-    fn state() -> VcpuState {
+    pub(crate) fn state() -> VcpuState {
         let entry = |index, data| kvm_msr_entry {
             index,
             data,

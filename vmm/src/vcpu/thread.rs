@@ -11,6 +11,7 @@
 use super::gate::Arrival;
 use super::kick::Kickable;
 use super::state::{self, VcpuState};
+use super::timer::HeldTimer;
 use crate::error::Error;
 use crate::host::{Host, ThreadKind, ThreadStart};
 use crate::kvm::{Chips, KvmVm};
@@ -52,6 +53,8 @@ pub(crate) struct Seat {
     confine: ThreadStart,
     /// What it is restored from; `None` when it is set up already.
     restore: Option<Restore>,
+    /// Its timer, if it has begun and that was held back.
+    timer: Option<HeldTimer>,
     host_msrs: Arc<[u32]>,
     xsave_size: usize,
 }
@@ -81,6 +84,7 @@ struct Context<'a> {
     host_msrs: Arc<[u32]>,
     xsave_size: usize,
     hold: bool,
+    timer: Option<HeldTimer>,
     /// When it first entered the guest.
     entered: Moment,
     /// A guest says this once; a hostile one must not fill the channel.
@@ -95,7 +99,7 @@ enum Next {
 
 /// Runs the vCPU that the controller gives.
 pub(crate) fn main(id: u8, orders: &Receiver<Order>) {
-    let Ok(Order::Take { seat, loaded }) = orders.recv() else {
+    let Ok(Order::Take { mut seat, loaded }) = orders.recv() else {
         return;
     };
     let result = seat.load(id).map(|()| Moment::now());
@@ -126,6 +130,7 @@ fn run(id: u8, seat: Seat, go: Go, orders: &Receiver<Order>) {
         host_msrs: seat.host_msrs,
         xsave_size: seat.xsave_size,
         hold: go.hold,
+        timer: seat.timer,
         entered: Moment::now(),
         identity_told: false,
     };
@@ -149,9 +154,15 @@ impl Seat {
             vcpu,
             confine: host.thread_start(),
             restore,
+            timer: None,
             host_msrs: Arc::clone(&host.msrs),
             xsave_size: kvm.xsave_size,
         }
+    }
+
+    /// A vCPU that has begun.
+    pub(crate) fn with_timer(self, timer: Option<HeldTimer>) -> Self {
+        Self { timer, ..self }
     }
 
     fn load(&self, id: u8) -> Result<(), Error> {
@@ -161,11 +172,11 @@ impl Seat {
         }
     }
 
-    fn begin(&self, id: u8) -> Result<(), Error> {
-        match &self.restore {
-            Some(restore) => state::begin(&self.vcpu, restore.of(id)?),
-            None => Ok(()),
+    fn begin(&mut self, id: u8) -> Result<(), Error> {
+        if let Some(restore) = &self.restore {
+            self.timer = state::begin(&self.vcpu, restore.of(id)?)?;
         }
+        Ok(())
     }
 }
 
@@ -266,7 +277,7 @@ impl Context<'_> {
         match self.vcpu.run() {
             Ok(VcpuExit::MmioWrite(gpa, data)) => match Bus::doorbell_offset(gpa) {
                 Some(offset) => match Ring::decode(offset, data) {
-                    Some(ring) => return Ok(self.rung(ring)),
+                    Some(ring) => return self.rung(ring),
                     None => log::debug!("vCPU {}: stray store to the doorbell", self.id),
                 },
                 None => self.bus.mmio_write(gpa, data)?,
@@ -297,7 +308,7 @@ impl Context<'_> {
         Ok(Next::Run)
     }
 
-    fn rung(&mut self, ring: Ring) -> Next {
+    fn rung(&mut self, ring: Ring) -> Result<Next, Error> {
         let now = Moment::now();
         match ring {
             Ring::ForkPoint { version } => self.tell(Event::ForkPoint { version, at: now }),
@@ -313,26 +324,29 @@ impl Context<'_> {
                         entered: self.entered,
                         at: now,
                     });
+                    if let Some(timer) = self.timer.take() {
+                        timer.release(&self.vcpu)?;
+                    }
                     if self.hold {
-                        return Next::Park;
+                        return Ok(Next::Park);
                     }
                 }
-                return Next::Run;
+                return Ok(Next::Run);
             }
             Ring::Message(byte) => {
                 self.bus.message(byte);
-                return Next::Run;
+                return Ok(Next::Run);
             }
             Ring::BootFailed => {
                 self.tell(Event::BootFailed(self.bus.take_message()));
-                return Next::End;
+                return Ok(Next::End);
             }
             Ring::PowerOff => {
                 self.tell(Event::PowerOff);
-                return Next::End;
+                return Ok(Next::End);
             }
         }
-        Next::Park
+        Ok(Next::Park)
     }
 
     /// An exit that no guest of ours should make, with what KVM says of it.
