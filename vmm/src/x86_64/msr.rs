@@ -17,10 +17,16 @@ const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
     0x2ff..=0x2ff,
 ];
 
+/// MSR_KVM_WALL_CLOCK and its newer number hold no state: a write has KVM fill in a
+/// page of the guest once, for who reads it right after (KVM's msr.rst). Given back,
+/// they would only have a child own that page.
+const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+
 /// All that may hold state: what KVM lists, and the MTRRs.
 pub(crate) fn candidates(listed: &[u32]) -> Vec<u32> {
     let mut all = listed.to_vec();
     all.extend(MTRRS.into_iter().flatten());
+    all.retain(|msr| !WALL_CLOCK.contains(msr));
     all.sort_unstable();
     all.dedup();
     all
@@ -100,5 +106,12 @@ mod tests {
         let all = candidates(&[0x174, MTRR_DEF_TYPE]);
         assert_eq!(all.iter().filter(|i| **i == MTRR_DEF_TYPE).count(), 1);
         assert!(all.contains(&0x174) && all.contains(&0x26f));
+    }
+
+    #[test]
+    fn candidates_are_without_the_wall_clock() {
+        let all = candidates(&[0x11, 0x12, 0x4b56_4d00, 0x4b56_4d01]);
+        assert!(!all.contains(&0x11) && !all.contains(&0x4b56_4d00));
+        assert!(all.contains(&0x12) && all.contains(&0x4b56_4d01));
     }
 }
