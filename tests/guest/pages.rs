@@ -13,10 +13,9 @@ mod disk;
 
 const PAGE: usize = 4096;
 
-/// From the wake-up until the identity holds: the least of some children, which are
-/// held there. Work that a timer brings meanwhile adds to it, and how much there is
-/// goes by the host's speed.
-const MOST_TO_IDENTITY: usize = 96;
+/// From the wake-up until the identity holds, where the child is held. No timer fires on
+/// the way, so it does not go by the host's speed: every child is to keep to it.
+const MOST_TO_IDENTITY: usize = 40;
 /// From the wake-up to the exit of `true`.
 const MOST_TO_EXIT: usize = 770;
 /// Of those, pages that hold a block of the root image.
@@ -114,7 +113,7 @@ fn a_child_has_few_pages_of_its_own_when_its_identity_holds() {
         count
     });
     println!("private pages from wake-up to identity: {counts:?}");
-    assert!(counts.iter().min() <= Some(&MOST_TO_IDENTITY), "{counts:?}");
+    assert!(counts.iter().max() <= Some(&MOST_TO_IDENTITY), "{counts:?}");
 }
 
 #[test]

@@ -28,10 +28,6 @@ const LIMITS: [(Resource, Option<u64>); 2] =
 const IMAGE: &str = "/dev/vda";
 const WRITABLE: &str = "/dev/vdb";
 
-/// What the trial and the boot have left to be done, the kernel does soon after them,
-/// and every child would do again.
-const QUIET: Duration = Duration::from_secs(1);
-
 /// The way to the monitor's user, once there is one.
 static DOORBELL: OnceLock<Doorbell> = OnceLock::new();
 
@@ -146,7 +142,6 @@ fn prepare_server() -> Result<Server, String> {
             .map_err(|e| format!("cannot open a pidfd of the agent: {e}"))?,
     };
     trial::run(&resources)?;
-    std::thread::sleep(QUIET);
     resources.disks.image = Some(IMAGE.to_owned());
     resources.cgroup = cgroup;
     let listener = sys::listen_vsock(PORT).map_err(|e| format!("cannot listen on vsock: {e}"))?;
