@@ -2,7 +2,7 @@
 //! kernel that lacks something is refused in one line and not by a container
 //! that behaves oddly.
 
-use crate::devices::Rules;
+use crate::devices;
 use crate::mounts::CGROUPS;
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
@@ -52,7 +52,7 @@ pub fn missing_options(known: &[&'static str]) -> Vec<&'static str> {
     missing.extend(missing_controllers(&controllers.unwrap_or_default()));
     missing.extend(missing_devices());
     missing.extend(missing_sockets());
-    if Rules::load().is_err() {
+    if devices::load_rules().is_err() {
         missing.extend(["CONFIG_BPF_SYSCALL", "CONFIG_CGROUP_BPF"]);
     }
     if !keeps_trusted_xattrs("/dev") {

@@ -1,6 +1,7 @@
 //! The container: its first process, and those that are started beside it.
 
 use crate::exec::Failure;
+use crate::prepared::Prepared;
 use crate::process::{Process, start_failed};
 use crate::spawn::{self, Resources, SpawnError, Spawned};
 use rustix::fd::{AsFd, OwnedFd};
@@ -32,8 +33,10 @@ pub enum Start {
 }
 
 /// The container. There is one in the life of a child.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Container {
+    /// The first process, until it is started.
+    prepared: Option<Prepared>,
     wanted: BTreeMap<ProcessId, Wanted>,
     processes: BTreeMap<ProcessId, Process>,
     /// The ids that were asked for: each stands for one process.
@@ -43,6 +46,17 @@ pub struct Container {
 }
 
 impl Container {
+    /// The container whose first process this is.
+    pub fn new(prepared: Prepared) -> Self {
+        Self {
+            prepared: Some(prepared),
+            wanted: BTreeMap::new(),
+            processes: BTreeMap::new(),
+            used: BTreeSet::new(),
+            entrance: None,
+        }
+    }
+
     /// Notes that the first process is to be started; `false` if it was before.
     pub fn ask(&mut self, container: ContainerSpec, process: ProcessSpec) -> bool {
         let container = Some(container);
@@ -79,11 +93,11 @@ impl Container {
         if checked.is_ok() && !streams.iter().all(|s| arrived.contains(s)) {
             return Ok(Start::Waiting);
         }
-        let spawned = match checked {
-            Ok(()) => self.spawn(wanted, resources),
-            Err(why) => Err(Failure::other(why).into()),
+        let spawned = match (checked, self.wanted.remove(&id)) {
+            (Ok(()), Some(wanted)) => self.spawn(&wanted, resources),
+            (Ok(()), None) => return Ok(Start::Waiting),
+            (Err(why), _) => Err(Failure::other(why).into()),
         };
-        self.wanted.remove(&id);
         match spawned {
             Ok(mut spawned) => {
                 let pipes = std::mem::take(&mut spawned.pipes);
@@ -98,10 +112,13 @@ impl Container {
         }
     }
 
-    fn spawn(&self, wanted: &Wanted, resources: &Resources) -> Result<Spawned, SpawnError> {
+    fn spawn(&mut self, wanted: &Wanted, resources: &Resources) -> Result<Spawned, SpawnError> {
         let Wanted { container, process } = wanted;
         if let Some(container) = container {
-            return spawn::container(resources, container, process);
+            return match self.prepared.take() {
+                Some(prepared) => Ok(prepared.start(container, process)?),
+                None => Err(Failure::other("the container was started before").into()),
+            };
         }
         let running = self
             .processes

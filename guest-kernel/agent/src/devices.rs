@@ -123,19 +123,37 @@ fn program() -> Vec<Instruction> {
     program
 }
 
-/// The rules, loaded into the kernel.
+/// Loads the rules into the kernel.
+pub fn load_rules() -> io::Result<OwnedFd> {
+    sys::load_device_program(&program())
+}
+
+/// The rules, all but in force on a cgroup: until [`Self::enforce`] every device can
+/// be opened there. Attaching a program to a cgroup patches the kernel's code and
+/// allocates; to replace it takes one pointer. Dropped, they are no longer there.
 #[derive(Debug)]
-pub struct Rules(OwnedFd);
+pub struct Rules {
+    /// Between a program and the cgroup.
+    link: OwnedFd,
+    rules: OwnedFd,
+    /// It allows everything. Held, so that its end is not each child's to bring.
+    _open: OwnedFd,
+}
 
 impl Rules {
-    /// Loads them.
-    pub fn load() -> io::Result<Self> {
-        sys::load_device_program(&program()).map(Self)
+    /// Loads them, and takes their place on a cgroup and all of its descendants.
+    pub fn prepare(cgroup: BorrowedFd<'_>) -> io::Result<Self> {
+        let open = sys::load_device_program(&answer(true))?;
+        Ok(Self {
+            link: sys::link_device_program(open.as_fd(), cgroup)?,
+            rules: load_rules()?,
+            _open: open,
+        })
     }
 
-    /// Puts them on a cgroup, for its whole life and all of its descendants.
-    pub fn apply(&self, cgroup: BorrowedFd<'_>) -> io::Result<()> {
-        sys::attach_device_program(self.0.as_fd(), cgroup)
+    /// Puts them in force.
+    pub fn enforce(&self) -> io::Result<()> {
+        sys::replace_linked_program(self.link.as_fd(), self.rules.as_fd())
     }
 }
 

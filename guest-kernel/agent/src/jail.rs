@@ -1,9 +1,10 @@
 //! What surrounds the container's process: its view of the file system, as
 //! docker gives it by default (moby oci/defaults.go).
 //!
-//! Everything here runs in the new process, after its root file system has been
-//! mounted. Paths are resolved only once that is the root, so that a link in an
-//! image leads nowhere else.
+//! Everything here runs in the first process. What does not depend on the image is put
+//! together before the fork point, on a file system of its own. Paths of the container
+//! are resolved only once its root is the root, so that a link in an image leads
+//! nowhere else.
 
 use crate::mounts::{
     bind, detach, make_device, make_directory, make_directory_with, make_file_for_mount,
@@ -17,16 +18,23 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-/// Files that the guest writes and the container finds in /etc.
+/// What a container finds beside its image, as trees of mounts that lie nowhere yet.
 #[derive(Debug)]
-pub struct GeneratedFiles {
+pub struct System {
     names: Names,
-    /// A mount of each, and where it goes.
-    mounts: [(&'static str, OwnedFd); 2],
+    /// Each with the place where it goes.
+    directories: [(&'static str, OwnedFd); 3],
+    files: [(&'static str, OwnedFd); 2],
 }
 
-/// Where the files are written; a file system of its own, seen by nobody else.
-const GENERATED: &str = "/mnt/files";
+/// Where the trees are put together; a file system of its own, seen by nobody else.
+/// The files that the guest writes stay on it.
+const SYSTEM: &str = "/mnt/system";
+
+/// The path of the container's `path` while the trees are there.
+fn under(path: &str) -> String {
+    format!("{SYSTEM}{path}")
+}
 
 /// Keeps mounts made here from everybody else, and the other way round.
 pub fn make_mounts_private() -> Result<(), String> {
@@ -34,31 +42,66 @@ pub fn make_mounts_private() -> Result<(), String> {
     rustix::mount::mount_change("/", flags).map_err(|e| format!("cannot make mounts private: {e}"))
 }
 
-/// Writes the generated files, and takes a mount of each that outlives the
-/// change of the root.
-pub fn generate_files(hostname: &str) -> Result<GeneratedFiles, String> {
-    make_directory_with(GENERATED, 0o755)?;
-    mount(
-        "tmpfs",
-        GENERATED,
-        "tmpfs",
-        MountFlags::NOATIME,
-        c"size=64k,mode=755",
-    )?;
-    let names = Names::make(GENERATED, hostname)
-        .map_err(|e| format!("cannot make the files with the hostname: {e}"))?;
-    let tree = |target: &'static str, name: &str| {
-        let path = format!("{GENERATED}/{name}");
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        rustix::mount::open_tree(CWD, &path, flags)
-            .map(|tree| (target, tree))
-            .map_err(|e| format!("cannot make {target}: {e}"))
-    };
-    let mounts = [
-        tree("/etc/hostname", "hostname")?,
-        tree("/etc/hosts", "hosts")?,
-    ];
-    Ok(GeneratedFiles { names, mounts })
+impl System {
+    /// Puts it together. To be called by the first process of the container's
+    /// namespaces, for whose eyes its file systems are.
+    pub fn prepare() -> Result<Self, String> {
+        make_directory_with(SYSTEM, 0o755)?;
+        let options = c"size=64k,mode=755";
+        mount("tmpfs", SYSTEM, "tmpfs", MountFlags::NOATIME, options)?;
+        let names = Names::make(SYSTEM)
+            .map_err(|e| format!("cannot make the files with the hostname: {e}"))?;
+        mount_system()?;
+        fill_dev()?;
+        protect_system()?;
+        let system = Self {
+            names,
+            directories: [
+                ("/proc", take("/proc")?),
+                ("/dev", take("/dev")?),
+                ("/sys", take("/sys")?),
+            ],
+            files: [
+                ("/etc/hostname", take("/hostname")?),
+                ("/etc/hosts", take("/hosts")?),
+            ],
+        };
+        detach(SYSTEM)?;
+        Ok(system)
+    }
+
+    /// Puts it where the container finds it, in a root that is the root by now, and
+    /// returns the files with the hostname, open.
+    pub fn place(self, hostname: &str) -> Result<Names, String> {
+        self.names
+            .write(hostname)
+            .map_err(|e| format!("cannot write the files with the hostname: {e}"))?;
+        for (target, tree) in self.directories {
+            make_directory(target)?;
+            put(&tree, target, MoveMountFlags::MOVE_MOUNT_T_SYMLINKS)?;
+        }
+        for (target, tree) in self.files {
+            make_file_for_mount(target)?;
+            put(&tree, target, MoveMountFlags::empty())?;
+        }
+        Ok(self.names)
+    }
+}
+
+/// A copy of the tree of mounts at a path under [`SYSTEM`].
+fn take(path: &str) -> Result<OwnedFd, String> {
+    let path = under(path);
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE;
+    rustix::mount::open_tree(CWD, &path, flags)
+        .map_err(|e| format!("cannot take the mounts at {path}: {e}"))
+}
+
+fn put(tree: &OwnedFd, target: &str, flags: MoveMountFlags) -> Result<(), String> {
+    let flags = flags | MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(tree, "", CWD, target, flags)
+        .map_err(|e| format!("cannot mount {target}: {e}"))
 }
 
 /// Makes the mount at `root` the root, and drops the old one with all of its
@@ -79,11 +122,11 @@ const PLAIN: MountFlags = MountFlags::NOSUID
     .union(MountFlags::NOEXEC)
     .union(MountFlags::NODEV);
 
-/// Mounts what a container finds beside its image.
-pub fn mount_system() -> Result<(), String> {
+fn mount_system() -> Result<(), String> {
     let on = |target: &str, kind: &str, flags: MountFlags, options| {
-        make_directory(target)?;
-        mount(kind, target, kind, flags, options)
+        let target = under(target);
+        make_directory(&target)?;
+        mount(kind, &target, kind, flags, options)
     };
     on("/proc", "proc", PLAIN, c"")?;
     let dev = MountFlags::NOSUID | MountFlags::STRICTATIME;
@@ -95,8 +138,8 @@ pub fn mount_system() -> Result<(), String> {
     on("/dev/mqueue", "mqueue", PLAIN, c"")?;
     let sys = PLAIN | MountFlags::RDONLY;
     on("/sys", "sysfs", sys, c"")?;
-    mount("cgroup2", "/sys/fs/cgroup", "cgroup2", sys, c"")?;
-    fill_dev()
+    let cgroups = under("/sys/fs/cgroup");
+    mount("cgroup2", &cgroups, "cgroup2", sys, c"")
 }
 
 fn fill_dev() -> Result<(), String> {
@@ -108,7 +151,7 @@ fn fill_dev() -> Result<(), String> {
         ("urandom", 1, 9),
         ("tty", 5, 0),
     ] {
-        make_device(&format!("/dev/{name}"), major, minor, 0o666)?;
+        make_device(&under(&format!("/dev/{name}")), major, minor, 0o666)?;
     }
     for (name, target) in [
         ("fd", "/proc/self/fd"),
@@ -118,23 +161,10 @@ fn fill_dev() -> Result<(), String> {
         ("core", "/proc/kcore"),
         ("ptmx", "pts/ptmx"),
     ] {
-        symlink(target, format!("/dev/{name}"))
+        symlink(target, under(&format!("/dev/{name}")))
             .map_err(|e| format!("cannot make /dev/{name}: {e}"))?;
     }
     Ok(())
-}
-
-impl GeneratedFiles {
-    /// Puts the files where the container finds them, and returns them open.
-    pub fn place(self) -> Result<Names, String> {
-        for (target, tree) in self.mounts {
-            make_file_for_mount(target)?;
-            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-            rustix::mount::move_mount(&tree, "", CWD, target, flags)
-                .map_err(|e| format!("cannot mount {target}: {e}"))?;
-        }
-        Ok(self.names)
-    }
 }
 
 /// Shows the container's terminal as its console.
@@ -169,20 +199,19 @@ const READ_ONLY: [&str; 5] = [
 ];
 
 /// Hides and locks the paths above, as far as the kernel has them.
-pub fn protect_system() -> Result<(), String> {
-    for path in READ_ONLY
-        .into_iter()
-        .filter(|path| Path::new(path).exists())
-    {
-        bind(path, path)?;
-        make_read_only(path, PLAIN)?;
+fn protect_system() -> Result<(), String> {
+    for path in READ_ONLY.map(under) {
+        if Path::new(&path).exists() {
+            bind(&path, &path)?;
+            make_read_only(&path, PLAIN)?;
+        }
     }
-    for path in MASKED {
-        match fs::metadata(path) {
+    for path in MASKED.map(under) {
+        match fs::metadata(&path) {
             Ok(found) if found.is_dir() => {
-                mount("tmpfs", path, "tmpfs", MountFlags::RDONLY, c"size=4k")?;
+                mount("tmpfs", &path, "tmpfs", MountFlags::RDONLY, c"size=4k")?;
             }
-            Ok(_) => bind("/dev/null", path)?,
+            Ok(_) => bind(&under("/dev/null"), &path)?,
             Err(_) => {}
         }
     }

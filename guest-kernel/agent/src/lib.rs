@@ -6,6 +6,7 @@
 //! - [`serve`]: the event loop over [`poll`], [`control`] with its [`frame`]s and
 //!   [`streams`], and the [`container`] of [`process`]es that it serves;
 //! - [`warm`], [`names`], [`freezer`]: what a warm container has beside;
+//! - [`prepared`]: the container's first process, made before the fork point;
 //! - [`spawn`], then in the new process [`report`], [`rootfs`], [`jail`], [`user`],
 //!   [`exec`]: the way of a process of the container from the agent to its program.
 //!
@@ -28,6 +29,7 @@ pub mod jail;
 pub mod mounts;
 pub mod names;
 pub mod poll;
+pub mod prepared;
 pub mod process;
 pub mod report;
 pub mod rootfs;
@@ -35,6 +37,5 @@ pub mod serve;
 pub mod spawn;
 pub mod streams;
 pub mod sys;
-pub mod trial;
 pub mod user;
 pub mod warm;

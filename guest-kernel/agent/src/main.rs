@@ -13,10 +13,11 @@ use vm_run_agent::devices::Rules;
 use vm_run_agent::doorbell::Doorbell;
 use vm_run_agent::freezer::Freezer;
 use vm_run_agent::identity::ForkPoint;
+use vm_run_agent::prepared::Prepared;
 use vm_run_agent::rootfs::Disks;
 use vm_run_agent::serve::{Done, Server};
 use vm_run_agent::spawn::Resources;
-use vm_run_agent::{check, mounts, sys, trial};
+use vm_run_agent::{check, mounts, sys};
 
 /// The limits that a container inherits: what docker's daemon runs with. The
 /// kernel's own bound of open files is this too (fs.nr_open); its default of
@@ -122,31 +123,30 @@ fn check_machine(has_devtmpfs: bool) -> Result<(), String> {
     }
 }
 
-/// Opens all that the event loop works with. The trial is nobody's: in the
-/// container's cgroup it would stand in its counts, and leave the rules there, which
-/// forbid the disks.
+/// Opens all that the event loop works with, and makes the container's first process.
 fn prepare_server() -> Result<Server, String> {
     mounts::enable_controllers()?;
     let cgroup = mounts::make_cgroup("container")?;
-    let mut resources = Resources {
+    let resources = Resources {
         disks: Disks {
-            image: None,
+            image: IMAGE.to_owned(),
             writable: WRITABLE.to_owned(),
         },
         freezer: Freezer::open(cgroup.as_fd())
             .map_err(|e| format!("cannot open the container's freezer: {e}"))?,
-        cgroup: mounts::make_cgroup("nobody")?,
-        rules: Rules::load().map_err(|e| format!("cannot load the rules for devices: {e}"))?,
+        rules: Rules::prepare(cgroup.as_fd())
+            .map_err(|e| format!("cannot load the rules for devices: {e}"))?,
+        cgroup,
         helper: "/warm".to_owned(),
         agent: pidfd_open(getpid(), PidfdFlags::empty())
             .map_err(|e| format!("cannot open a pidfd of the agent: {e}"))?,
     };
-    trial::run(&resources)?;
-    resources.disks.image = Some(IMAGE.to_owned());
-    resources.cgroup = cgroup;
-    let listener = sys::listen_vsock(PORT).map_err(|e| format!("cannot listen on vsock: {e}"))?;
     let signals = sys::child_signals().map_err(|e| format!("cannot watch for SIGCHLD: {e}"))?;
-    Server::new(listener, signals, resources).map_err(|e| format!("cannot make an epoll: {e}"))
+    let prepared = Prepared::fork(&resources)
+        .map_err(|failure| format!("cannot prepare a container: {}", failure.message))?;
+    let listener = sys::listen_vsock(PORT).map_err(|e| format!("cannot listen on vsock: {e}"))?;
+    Server::new(listener, signals, resources, prepared)
+        .map_err(|e| format!("cannot make an epoll: {e}"))
 }
 
 /// One line on the console. Where there is no console nobody can be told.

@@ -17,19 +17,17 @@ pub struct Names {
 }
 
 impl Names {
-    /// Makes the two files `hostname` and `hosts` in `directory`.
-    pub fn make(directory: &str, hostname: &str) -> io::Result<Self> {
+    /// Makes the two files `hostname` and `hosts` in `directory`, empty.
+    pub fn make(directory: &str) -> io::Result<Self> {
         let file = |name: &str| {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
             let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
             open(format!("{directory}/{name}"), flags, mode)
         };
-        let names = Self {
+        Ok(Self {
             hostname: file("hostname")?,
             hosts: file("hosts")?,
-        };
-        names.write(hostname)?;
-        Ok(names)
+        })
     }
 
     /// Writes them anew.

@@ -84,6 +84,8 @@ impl Process {
                 Some(Report::Warm(listener, names)) => {
                     happened.push(Happened::Warm(listener, names));
                 }
+                // It has been waited for.
+                Some(Report::Prepared) => {}
                 Some(Report::Ready) => starting.ready = true,
                 Some(Report::Failed(failure)) => starting.failure = Some(failure),
                 Some(Report::End) if starting.ready && starting.failure.is_none() => {

@@ -3,6 +3,7 @@
 
 use crate::exec::Failure;
 use crate::names::Names;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::io::{Errno, IoSlice, IoSliceMut};
@@ -17,6 +18,8 @@ use vm_run_abi::protocol::StartFailure;
 /// A step on the way of a new process.
 #[derive(Debug)]
 pub enum Report {
+    /// The container's first process waits for its program; see [`crate::prepared`].
+    Prepared,
     /// The terminal: master and slave side.
     Terminal(OwnedFd, OwnedFd),
     /// The warm socket, which listens, and the files with the hostname.
@@ -31,6 +34,7 @@ pub enum Report {
 }
 
 /// The first byte of a report.
+const PREPARED: u8 = b'P';
 const TERMINAL: u8 = b'T';
 const WARM: u8 = b'W';
 const READY: u8 = b'R';
@@ -55,6 +59,11 @@ pub fn channel() -> Result<(OwnedFd, Reporter), Errno> {
 }
 
 impl Reporter {
+    /// [`Report::Prepared`]
+    pub fn prepared(&self) -> Result<(), Errno> {
+        self.send(PREPARED, &[], &[])
+    }
+
     /// [`Report::Terminal`]
     pub fn terminal(&self, master: &OwnedFd, slave: &OwnedFd) -> Result<(), Errno> {
         self.send(TERMINAL, &[], &[master.as_fd(), slave.as_fd()])
@@ -101,6 +110,19 @@ fn truncate(message: &str) -> &str {
     &message[..message.floor_char_boundary(REPORT_MAX - 2)]
 }
 
+/// The next thing that a new process reports, as soon as it does.
+pub fn await_report(reports: BorrowedFd<'_>) -> io::Result<Report> {
+    loop {
+        match poll(&mut [PollFd::new(&reports, PollFlags::IN)], None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        if let Some(report) = next_report(reports)? {
+            return Ok(report);
+        }
+    }
+}
+
 /// The next thing that a new process reports; `None` if there is nothing now.
 pub fn next_report(reports: BorrowedFd<'_>) -> io::Result<Option<Report>> {
     let mut bytes = [0; REPORT_MAX];
@@ -120,6 +142,7 @@ pub fn next_report(reports: BorrowedFd<'_>) -> io::Result<Option<Report>> {
     let descriptors = [descriptors.next(), descriptors.next(), descriptors.next()];
     Ok(Some(match (bytes[..len].split_first(), descriptors) {
         (None, _) => Report::End,
+        (Some((&PREPARED, [])), _) => Report::Prepared,
         (Some((&TERMINAL, [])), [Some(master), Some(slave), None]) => {
             Report::Terminal(master, slave)
         }

@@ -15,9 +15,8 @@ use vm_run_abi::protocol::Writable;
 /// Where a guest finds what belongs to its container.
 #[derive(Debug, Clone)]
 pub struct Disks {
-    /// The image: erofs or ext4, never written. Without one the container finds an
-    /// empty root.
-    pub image: Option<String>,
+    /// The image: erofs or ext4, never written.
+    pub image: String,
     /// For [`Writable::Disk`]: an ext4.
     pub writable: String,
 }
@@ -120,24 +119,31 @@ struct Paths {
     root: String,
 }
 
+fn paths() -> Paths {
+    let under = |name: &str| format!("{}/{name}", mounts::BASE);
+    Paths {
+        image: under("image"),
+        layer: under("layer"),
+        root: under("root"),
+    }
+}
+
+/// Makes the directories that [`mount_root`] mounts on.
+pub fn make_mount_points() -> Result<(), String> {
+    let paths = paths();
+    for path in [&paths.image, &paths.layer, &paths.root] {
+        make_directory_with(path, 0o755)?;
+    }
+    Ok(())
+}
+
 /// Mounts the root file system, and returns where. To be called in a mount
 /// namespace of the container's own. The root is writable still, so that mount
 /// points can be made in it, whatever `writable` says: with
 /// [`Writable::Nothing`] the caller makes it read-only when they are there.
 pub fn mount_root(disks: &Disks, writable: &Writable) -> Result<String, String> {
-    let under = |name: &str| format!("{}/{name}", mounts::BASE);
-    let paths = Paths {
-        image: under("image"),
-        layer: under("layer"),
-        root: under("root"),
-    };
-    for path in [&paths.image, &paths.layer, &paths.root] {
-        make_directory_with(path, 0o755)?;
-    }
-    match &disks.image {
-        Some(disk) => mount_image(disk, &paths.image)?,
-        None => mount("tmpfs", &paths.image, "tmpfs", MountFlags::RDONLY, c"")?,
-    }
+    let paths = paths();
+    mount_image(&disks.image, &paths.image)?;
     mount_layer(disks, writable, &paths.layer)?;
     mount_overlay(&paths)?;
     Ok(paths.root)

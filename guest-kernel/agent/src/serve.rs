@@ -6,6 +6,7 @@ use crate::container::{Container, Start};
 use crate::control::Control;
 use crate::frame::{Broken, Reader};
 use crate::poll::{Poll, Token, meaning};
+use crate::prepared::Prepared;
 use crate::process::Happened;
 use crate::spawn::{Resources, resize};
 use crate::streams::{End, Link, Turn};
@@ -94,7 +95,12 @@ pub struct Server {
 impl Server {
     /// Makes the loop ready: whatever it needs before the first connection is
     /// open when this returns. `signals` is [`sys::child_signals`].
-    pub fn new(listener: OwnedFd, signals: OwnedFd, resources: Resources) -> io::Result<Self> {
+    pub fn new(
+        listener: OwnedFd,
+        signals: OwnedFd,
+        resources: Resources,
+        prepared: Prepared,
+    ) -> io::Result<Self> {
         let poll = Poll::new()?;
         poll.watch_for_input(&listener, Token::Listener)?;
         poll.watch_for_input(&signals, Token::Signals)?;
@@ -109,7 +115,7 @@ impl Server {
             arrived: Vec::new(),
             streams: BTreeMap::new(),
             unfinished: Vec::new(),
-            container: Container::default(),
+            container: Container::new(prepared),
             warm: None,
             stage: Stage::Serving,
             attachment: Attachment::Tied,

@@ -1,4 +1,5 @@
-//! A new process: its pipes, its namespaces, and its way to its program.
+//! A new process: its pipes, its namespaces, and its way to its program. The
+//! container's first one is [`crate::prepared`]'s; the way is the same.
 //!
 //! The new process prepares itself (the functions from [`in_child`] on) and
 //! reports of it ([`crate::report`]).
@@ -9,7 +10,7 @@ use crate::freezer::Freezer;
 use crate::jail;
 use crate::mounts;
 use crate::report::{self, Reporter};
-use crate::rootfs::{self, Disks};
+use crate::rootfs::Disks;
 use crate::sys;
 use crate::warm;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -33,7 +34,7 @@ pub struct Resources {
     pub cgroup: OwnedFd,
     /// The freezer of that cgroup.
     pub freezer: Freezer,
-    /// What it may open. The rules are applied by its first process, which has
+    /// What it may open. The rules are enforced by its first process, which has
     /// its disks to mount before.
     pub rules: Rules,
     /// The path of the program `warm` (docs/warm.md), which a container that is
@@ -72,33 +73,6 @@ impl From<Failure> for SpawnError {
     }
 }
 
-/// Where a new process goes.
-#[derive(Debug, Clone, Copy)]
-enum Place<'a> {
-    /// Into a new container, which it makes.
-    New(&'a ContainerSpec),
-    /// Into the one whose first process this is.
-    Beside(BorrowedFd<'a>),
-}
-
-/// Starts the container's first process: PID 1 of new namespaces, in its cgroup.
-///
-/// There is no UTS namespace among them: the hostname of the guest, which the
-/// agent sets at the fork point, is the container's.
-pub fn container(
-    resources: &Resources,
-    container: &ContainerSpec,
-    process: &ProcessSpec,
-) -> Result<Spawned, SpawnError> {
-    let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC;
-    Ok(spawn(
-        resources,
-        Place::New(container),
-        namespaces,
-        process,
-    )?)
-}
-
 /// Starts one more process in the container that `entrance` is the first process
 /// of, by its pidfd.
 pub fn exec(
@@ -110,25 +84,27 @@ pub fn exec(
     let children = ThreadNameSpaceType::PROCESS_ID;
     move_into_thread_name_spaces(entrance, children)
         .map_err(|e| Failure::other(format!("cannot enter the container: {e}")))?;
-    let spawned = spawn(resources, Place::Beside(entrance), 0, process);
+    let spawned = spawn_beside(resources, entrance, process);
     move_into_thread_name_spaces(resources.agent.as_fd(), children)
         .map_err(|e| SpawnError::Lost(e.into()))?;
     Ok(spawned?)
 }
 
-fn spawn(
+fn spawn_beside(
     resources: &Resources,
-    place: Place<'_>,
-    namespaces: libc::c_int,
+    first: BorrowedFd<'_>,
     process: &ProcessSpec,
 ) -> Result<Spawned, Failure> {
     let failed = |e: Errno| Failure::other(format!("cannot make pipes for the process: {e}"));
     let (reports, reporter) = report::channel().map_err(failed)?;
     let (pipes, stdio) = Stdio::open(&process.streams).map_err(failed)?;
-    let forked = sys::fork_into(namespaces, Some(resources.cgroup.as_fd()))
+    let forked = sys::fork_into(0, Some(resources.cgroup.as_fd()))
         .map_err(|e| Failure::other(format!("cannot make a process: {e}")))?;
     let Some((pid, pidfd)) = forked else {
-        in_child(resources, place, process, &reporter, stdio);
+        in_child(&reporter, || {
+            enter(first)?;
+            to_program(process, None, stdio, &reporter, &hostname())
+        });
     };
     Ok(Spawned {
         pid,
@@ -140,11 +116,11 @@ fn spawn(
 
 /// The process's ends of its pipes: stdin, stdout, stderr, where it has them.
 #[derive(Debug, Default)]
-struct Stdio([Option<OwnedFd>; 3]);
+pub struct Stdio([Option<OwnedFd>; 3]);
 
 impl Stdio {
     /// Makes the pipes, the agent's ends first. A terminal has none.
-    fn open(streams: &[Stream]) -> Result<(Vec<(Stream, OwnedFd)>, Self), Errno> {
+    pub fn open(streams: &[Stream]) -> Result<(Vec<(Stream, OwnedFd)>, Self), Errno> {
         let mut ours = Vec::new();
         let mut theirs = Self::default();
         for stream in streams {
@@ -163,19 +139,21 @@ impl Stdio {
         }
         Ok((ours, theirs))
     }
+
+    /// Closes those that are not wanted.
+    pub fn keep(&mut self, streams: &[Stream]) {
+        let all = [Stream::Stdin, Stream::Stdout, Stream::Stderr];
+        for (pipe, stream) in self.0.iter_mut().zip(all) {
+            pipe.take_if(|_| !streams.contains(&stream));
+        }
+    }
 }
 
 /// The new process, to its exec or its end.
-fn in_child(
-    resources: &Resources,
-    place: Place<'_>,
-    process: &ProcessSpec,
-    reporter: &Reporter,
-    stdio: Stdio,
-) -> ! {
+pub fn in_child(reporter: &Reporter, prepare: impl FnOnce() -> Result<Program, Failure>) -> ! {
     // The agent's hook would end the guest.
     drop(std::panic::take_hook());
-    let failure = match prepare(resources, place, process, reporter, stdio) {
+    let failure = match prepare() {
         Ok(program) => match reporter.ready() {
             Ok(()) => program.exec(),
             Err(e) => Failure::other(format!("cannot report: {e}")),
@@ -187,79 +165,43 @@ fn in_child(
     sys::exit_now(if sent.is_ok() { 1 } else { 2 })
 }
 
-/// Everything between the fork and the exec. The order matters: mounts before
-/// the root changes, the root before its files are looked at, privileges last.
-fn prepare(
-    resources: &Resources,
-    place: Place<'_>,
-    process: &ProcessSpec,
-    reporter: &Reporter,
-    stdio: Stdio,
-) -> Result<Program, Failure> {
+/// The guest's, which is the container's.
+pub fn hostname() -> String {
     let system = rustix::system::uname();
-    let hostname = system.nodename().to_string_lossy();
-    let mut added = Vec::new();
-    match place {
-        Place::New(container) => {
-            make_container(resources, container, &hostname, reporter)?;
-            added.extend(container.warm.then_some(warm::VARIABLE));
-        }
-        Place::Beside(first) => enter(first)?,
-    }
+    system.nodename().to_string_lossy().into_owned()
+}
+
+/// From the container's root to the exec. `first` is for its first process. The order
+/// matters: privileges are given up last.
+pub fn to_program(
+    process: &ProcessSpec,
+    first: Option<&ContainerSpec>,
+    stdio: Stdio,
+    reporter: &Reporter,
+    hostname: &str,
+) -> Result<Program, Failure> {
     let user = exec::find_user(&process.user)?;
     let uid = Uid::from_raw(user.uid);
     let stdio_failed = |e: Errno| Failure::other(format!("cannot set up stdio: {e}"));
     rustix::process::setsid().map_err(stdio_failed)?;
     if process.streams.contains(&Stream::Terminal) {
-        terminal(process.window, uid, reporter, place)?;
+        terminal(process.window, uid, reporter, first.is_some())?;
     } else {
         connect(stdio, uid).map_err(stdio_failed)?;
     }
     exec::enter_directory(&process.cwd)?;
-    if let Place::New(container) = place {
-        jail::protect_system()?;
-        if container.writable == Writable::Nothing {
-            mounts::make_read_only("/", MountFlags::NOATIME)?;
-        }
+    if first.is_some_and(|container| container.writable == Writable::Nothing) {
+        mounts::make_read_only("/", MountFlags::NOATIME)?;
     }
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
     exec::become_user(&user)?;
-    let program = Program::find(process, &user, &hostname, &added)?;
+    let warm = first.is_some_and(|container| container.warm);
+    let added: &[&str] = if warm { &[warm::VARIABLE] } else { &[] };
+    let program = Program::find(process, &user, hostname, added)?;
     sys::close_on_exec_from_3()
         .and_then(|()| sys::reset_signals())
         .map_err(|e| Failure::other(format!("cannot clean up before the exec: {e}")))?;
     Ok(program)
-}
-
-/// Makes the container's root, and enters it.
-fn make_container(
-    resources: &Resources,
-    container: &ContainerSpec,
-    hostname: &str,
-    reporter: &Reporter,
-) -> Result<(), Failure> {
-    sys::new_cgroup_namespace().map_err(|e| Failure::other(format!("no cgroup namespace: {e}")))?;
-    jail::make_mounts_private()?;
-    let root = rootfs::mount_root(&resources.disks, &container.writable)?;
-    let rules = resources.rules.apply(resources.cgroup.as_fd());
-    rules.map_err(|e| Failure::other(format!("cannot restrict its devices: {e}")))?;
-    let helper = if container.warm {
-        let path = &resources.helper;
-        let read = std::fs::read(path);
-        Some(read.map_err(|e| Failure::other(format!("cannot read {path}: {e}")))?)
-    } else {
-        None
-    };
-    let files = jail::generate_files(hostname)?;
-    jail::enter(&root)?;
-    jail::mount_system()?;
-    let names = files.place()?;
-    if let Some(helper) = helper {
-        let listener = warm::place(&helper)?;
-        let sent = reporter.warm(&listener, &names);
-        sent.map_err(|e| Failure::other(format!("cannot report: {e}")))?;
-    }
-    Ok(())
 }
 
 /// Enters the namespaces of the container's first process. A mount namespace
@@ -292,7 +234,7 @@ fn terminal(
     window: Option<WindowSize>,
     uid: Uid,
     reporter: &Reporter,
-    place: Place<'_>,
+    is_first: bool,
 ) -> Result<(), Failure> {
     let failed = |e: Errno| Failure::other(format!("cannot make a terminal: {e}"));
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -304,7 +246,7 @@ fn terminal(
         resize(slave.as_fd(), size).map_err(failed)?;
     }
     rustix::fs::fchown(&slave, Some(uid), None).map_err(failed)?;
-    if let Place::New(_) = place {
+    if is_first {
         // The first terminal of a devpts that was made a moment ago.
         jail::bind_console("/dev/pts/0")?;
     }

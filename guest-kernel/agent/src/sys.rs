@@ -286,17 +286,27 @@ struct ProgramLoad {
     license: u64,
 }
 
-/// The same for BPF_PROG_ATTACH.
+/// The same for BPF_LINK_CREATE.
 #[repr(C)]
-struct ProgramAttach {
+struct LinkCreate {
+    prog_fd: u32,
     target_fd: u32,
-    attach_bpf_fd: u32,
     attach_type: u32,
-    attach_flags: u32,
+    flags: u32,
+}
+
+/// The same for BPF_LINK_UPDATE.
+#[repr(C)]
+struct LinkUpdate {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
 }
 
 const BPF_PROG_LOAD: libc::c_int = 5;
-const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 
@@ -320,21 +330,40 @@ pub fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
     } as RawFd)
 }
 
-/// Attaches such a program to a cgroup, which holds it from then on.
-pub fn attach_device_program(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> io::Result<()> {
-    let attach = ProgramAttach {
+/// Attaches such a program to a cgroup, for as long as the link is held.
+pub fn link_device_program(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let create = LinkCreate {
+        prog_fd: program.as_raw_fd() as u32,
         target_fd: cgroup.as_raw_fd() as u32,
-        attach_bpf_fd: program.as_raw_fd() as u32,
         attach_type: BPF_CGROUP_DEVICE,
-        attach_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: the kernel reads the attributes, which live through the call.
+    own(unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_LINK_CREATE,
+            &raw const create,
+            size_of::<LinkCreate>(),
+        )
+    } as RawFd)
+}
+
+/// Puts another program in the place of the one that a link holds.
+pub fn replace_linked_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let update = LinkUpdate {
+        link_fd: link.as_raw_fd() as u32,
+        new_prog_fd: program.as_raw_fd() as u32,
+        flags: 0,
+        old_prog_fd: 0,
     };
     // SAFETY: the kernel reads the attributes, which live through the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
-            BPF_PROG_ATTACH,
-            &raw const attach,
-            size_of::<ProgramAttach>(),
+            BPF_LINK_UPDATE,
+            &raw const update,
+            size_of::<LinkUpdate>(),
         )
     };
     check(result as libc::c_int)?;

@@ -1,8 +1,11 @@
 //! What a container can rely on.
 
 use crate::host::{Agent, Images, Outcome, collect, outcome, process, shell, start};
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::path::Path;
 use std::time::{Duration, Instant};
 use vm_run_abi::protocol::{
     CONTAINER, ContainerSpec, Event, ExitStatus, ProcessSpec, Request, StartFailure, Stream,
@@ -28,6 +31,9 @@ pub const ALL: &[Case] = cases![
     users_are_those_of_the_image,
     privileges_are_dockers,
     surroundings_are_dockers,
+    mounts_are_these_and_no_others,
+    a_first_process_that_is_gone_is_a_failed_start,
+    a_long_command_arrives_whole,
     writable_layers_keep_their_promises,
     an_ext4_image_works_too,
     the_end_of_the_first_process_is_the_end_of_all,
@@ -44,6 +50,11 @@ fn sh(images: &Images, script: &str) -> String {
     let outcome = run(images, shell(script));
     assert_eq!(outcome.events, ended(0), "{outcome:?}");
     outcome.stdout
+}
+
+fn kill(pid: u32) {
+    let pid = Pid::from_raw(pid as i32).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
 }
 
 fn ended(code: u8) -> Vec<Event> {
@@ -321,6 +332,91 @@ fn surroundings_are_dockers(images: &Images) {
         "0\n0\n",
     );
     has("stat -c '%a %u:%g' /", "755 0:0\n");
+}
+
+fn mounts_are_these_and_no_others(images: &Images) {
+    // What lies where, its root there, its kind, and the mount's own options
+    // (proc_pid_mountinfo(5)).
+    let script = "sed 's/ - / /' /proc/self/mountinfo | \
+                  while read _ _ _ root at options kind _; do \
+                  echo $at $root $kind $options; done | sort";
+    let plain = "nosuid,nodev,noexec,relatime";
+    let mut expected = vec![
+        "/ / overlay rw,noatime".to_owned(),
+        "/dev / tmpfs rw,nosuid".to_owned(),
+        format!("/dev/mqueue / mqueue rw,{plain}"),
+        "/dev/pts / devpts rw,nosuid,noexec,relatime".to_owned(),
+        format!("/dev/shm / tmpfs rw,{plain}"),
+        "/etc/hostname /hostname tmpfs rw,noatime".to_owned(),
+        "/etc/hosts /hosts tmpfs rw,noatime".to_owned(),
+        format!("/proc / proc rw,{plain}"),
+        format!("/sys / sysfs ro,{plain}"),
+        format!("/sys/fs/cgroup / cgroup2 ro,{plain}"),
+    ];
+    // As far as this kernel has them.
+    for name in ["bus", "fs", "irq", "sys", "sysrq-trigger"] {
+        if Path::new("/proc").join(name).exists() {
+            expected.push(format!("/proc/{name} /{name} proc ro,{plain}"));
+        }
+    }
+    for path in [
+        "/proc/acpi",
+        "/proc/asound",
+        "/proc/interrupts",
+        "/proc/kcore",
+        "/proc/keys",
+        "/proc/latency_stats",
+        "/proc/sched_debug",
+        "/proc/scsi",
+        "/proc/timer_list",
+        "/proc/timer_stats",
+        "/sys/devices/virtual/powercap",
+        "/sys/firmware",
+    ] {
+        match fs::metadata(path) {
+            Ok(found) if found.is_dir() => expected.push(format!("{path} / tmpfs ro,relatime")),
+            Ok(_) => expected.push(format!("{path} /null tmpfs rw,nosuid")),
+            Err(_) => {}
+        }
+    }
+    expected.sort();
+    let mounts = sh(images, script);
+    assert_eq!(mounts.lines().collect::<Vec<_>>(), expected);
+}
+
+fn a_first_process_that_is_gone_is_a_failed_start(images: &Images) {
+    let mut agent = Agent::start(images);
+    // Once it answers, the process is there.
+    let (_, mut exec) = process(&["true"]);
+    exec.streams = Vec::new();
+    agent.send(&Request::Exec {
+        id: 1,
+        process: exec,
+    });
+    assert!(matches!(agent.event(), Event::StartFailed { .. }));
+    kill(agent.first_pid());
+    agent.await_no_process();
+    let events = outcome(&mut agent, process(&["true"])).events;
+    let [
+        Event::StartFailed {
+            reason, message, ..
+        },
+    ] = &events[..]
+    else {
+        panic!("{events:?}");
+    };
+    assert_eq!(*reason, StartFailure::Other);
+    assert!(message.contains("has gone"), "{message}");
+}
+
+fn a_long_command_arrives_whole(images: &Images) {
+    // More than a socket holds, and as much as a process can be given.
+    let words: Vec<String> = (0..12_000).map(|n| format!("{n:0>150}")).collect();
+    let mut args = vec!["sh", "-c", "echo $#; shift 11999; echo $1", "sh"];
+    args.extend(words.iter().map(String::as_str));
+    let outcome = run(images, process(&args));
+    assert_eq!(outcome.events, ended(0), "{}", outcome.stderr);
+    assert_eq!(outcome.stdout, format!("12000\n{:0>150}\n", 11_999));
 }
 
 fn writable_layers_keep_their_promises(images: &Images) {

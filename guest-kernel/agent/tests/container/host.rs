@@ -21,6 +21,7 @@ use vm_run_abi::protocol::{
 use vm_run_agent::devices::Rules;
 use vm_run_agent::frame;
 use vm_run_agent::freezer::Freezer;
+use vm_run_agent::prepared::Prepared;
 use vm_run_agent::rootfs::Disks;
 use vm_run_agent::serve::{Done, Server};
 use vm_run_agent::spawn::Resources;
@@ -45,12 +46,12 @@ pub fn serve(args: &[String]) -> ExitCode {
     let cgroup = open(cgroup, flags, Mode::empty()).unwrap();
     let resources = Resources {
         disks: Disks {
-            image: Some(image.clone()),
+            image: image.clone(),
             writable: writable.clone(),
         },
         freezer: Freezer::open(cgroup.as_fd()).unwrap(),
+        rules: Rules::prepare(cgroup.as_fd()).unwrap(),
         cgroup,
-        rules: Rules::load().unwrap(),
         helper: env!("CARGO_BIN_EXE_warm").to_owned(),
         agent: pidfd_open(getpid(), PidfdFlags::empty()).unwrap(),
     };
@@ -60,7 +61,8 @@ pub fn serve(args: &[String]) -> ExitCode {
     };
     setrlimit(Resource::Nofile, limit).unwrap();
     let signals = sys::child_signals().unwrap();
-    let mut server = Server::new(OwnedFd::from(listener), signals, resources).unwrap();
+    let prepared = Prepared::fork(&resources).unwrap();
+    let mut server = Server::new(OwnedFd::from(listener), signals, resources, prepared).unwrap();
     while server.run().unwrap() == Done::Frozen {
         let generation = fork_point(&forks);
         server.become_child(generation).unwrap();
@@ -299,6 +301,16 @@ impl Agent {
                 start.elapsed() < PATIENCE,
                 "{name} is not there {count} times"
             );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits until the container has no process.
+    pub fn await_no_process(&self) {
+        let start = Instant::now();
+        let procs = self.cgroup.join("cgroup.procs");
+        while !fs::read_to_string(&procs).unwrap().is_empty() {
+            assert!(start.elapsed() < PATIENCE, "processes are left");
             std::thread::sleep(Duration::from_millis(5));
         }
     }

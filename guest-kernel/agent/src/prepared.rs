@@ -1,0 +1,153 @@
+//! The container's first process. It is made before the fork point, with all of its
+//! container that is not late-bound, and waits there; after the fork it is told what
+//! to become. What is made ahead, a template makes once and none of its children.
+//!
+//! Its memory is the template's until its exec: nothing may be drawn here that has to
+//! differ between children. The program gets its addresses, its canary and its
+//! `AT_RANDOM` from the exec, when the child has its identity.
+
+use crate::exec::{Failure, Program};
+use crate::frame::{self, Reader};
+use crate::jail::{self, System};
+use crate::report::{self, Report, Reporter};
+use crate::rootfs;
+use crate::spawn::{self, Resources, Spawned, Stdio};
+use crate::sys;
+use crate::warm;
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::mm::{MlockAllFlags, mlockall, munlockall};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
+use std::fmt::Display;
+use vm_run_abi::protocol::{ContainerSpec, MAX_FRAME, ProcessSpec, Stream};
+
+/// A first process that waits for its program.
+#[derive(Debug)]
+pub struct Prepared {
+    process: Spawned,
+    /// Where it is told.
+    orders: OwnedFd,
+}
+
+impl Prepared {
+    /// Makes the process: PID 1 of new namespaces, in the container's cgroup. Returns
+    /// when everything that can be done ahead is done.
+    ///
+    /// There is no UTS namespace among them: the hostname of the guest, which the
+    /// agent sets at the fork point, is the container's.
+    ///
+    /// # Errors
+    /// In such a guest no container can start.
+    pub fn fork(resources: &Resources) -> Result<Self, Failure> {
+        let failed = |e: Errno| Failure::other(format!("cannot make pipes for a container: {e}"));
+        let (reports, reporter) = report::channel().map_err(failed)?;
+        let flags = SocketFlags::CLOEXEC;
+        let (orders, told) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
+        let all = [Stream::Stdin, Stream::Stdout, Stream::Stderr];
+        let (pipes, stdio) = Stdio::open(&all).map_err(failed)?;
+        let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC;
+        let forked = sys::fork_into(namespaces, Some(resources.cgroup.as_fd()))
+            .map_err(|e| Failure::other(format!("cannot make a process: {e}")))?;
+        let Some((pid, pidfd)) = forked else {
+            // The end of the agent is to be the end of what is read from it.
+            drop((orders, pipes));
+            spawn::in_child(&reporter, || live(resources, &reporter, &told, stdio));
+        };
+        drop((reporter, told, stdio));
+        match report::await_report(reports.as_fd()) {
+            Ok(Report::Prepared) => {}
+            Ok(Report::Failed(failure)) => return Err(failure),
+            Ok(_) => return Err(Failure::other("a container's process ends at once")),
+            Err(e) => {
+                return Err(Failure::other(format!(
+                    "a container's process is lost: {e}"
+                )));
+            }
+        }
+        let process = Spawned {
+            pid,
+            pidfd: Some(pidfd),
+            reports,
+            pipes,
+        };
+        Ok(Self { process, orders })
+    }
+
+    /// Has it finish the container, and become its program.
+    pub fn start(
+        mut self,
+        container: &ContainerSpec,
+        process: &ProcessSpec,
+    ) -> Result<Spawned, Failure> {
+        let order = frame::encode(&(container, process))
+            .map_err(|e| Failure::other(format!("the container cannot be described: {e}")))?;
+        let mut rest = &order[..];
+        while !rest.is_empty() {
+            match send(&self.orders, rest, SendFlags::NOSIGNAL) {
+                Ok(sent) => rest = &rest[sent..],
+                Err(Errno::INTR) => {}
+                Err(e) => {
+                    let message = format!("the container's process has gone: {e}");
+                    return Err(Failure::other(message));
+                }
+            }
+        }
+        let streams = &process.streams;
+        self.process.pipes.retain(|(s, _)| streams.contains(s));
+        Ok(self.process)
+    }
+}
+
+/// The new process, to its exec. The order matters: mounts before the root changes,
+/// the root before its files are looked at, privileges last.
+fn live(
+    resources: &Resources,
+    reporter: &Reporter,
+    told: &OwnedFd,
+    mut stdio: Stdio,
+) -> Result<Program, Failure> {
+    let step = |what: &str, e: &dyn Display| Failure::other(format!("cannot {what}: {e}"));
+    sys::new_cgroup_namespace().map_err(|e| step("make a cgroup namespace", &e))?;
+    jail::make_mounts_private()?;
+    rootfs::make_mount_points()?;
+    let system = System::prepare()?;
+    settle().map_err(|e| step("lock memory", &e))?;
+    reporter.prepared().map_err(|e| step("report", &e))?;
+
+    // The fork point is here.
+    let (container, process): (ContainerSpec, ProcessSpec) = match Reader::new(MAX_FRAME).next(told)
+    {
+        Ok(Some(order)) => order,
+        // The socket blocks.
+        Ok(None) => return Err(step("wait", &Errno::AGAIN)),
+        Err(e) => return Err(step("be told of a program", &e)),
+    };
+    let hostname = spawn::hostname();
+    let root = rootfs::mount_root(&resources.disks, &container.writable)?;
+    let enforced = resources.rules.enforce();
+    enforced.map_err(|e| step("restrict its devices", &e))?;
+    let helper = if container.warm {
+        let path = &resources.helper;
+        Some(std::fs::read(path).map_err(|e| step(&format!("read {path}"), &e))?)
+    } else {
+        None
+    };
+    jail::enter(&root)?;
+    let names = system.place(&hostname)?;
+    if let Some(helper) = helper {
+        let listener = warm::place(&helper)?;
+        let sent = reporter.warm(&listener, &names);
+        sent.map_err(|e| step("report", &e))?;
+    }
+    stdio.keep(&process.streams);
+    spawn::to_program(&process, Some(&container), stdio, reporter, &hostname)
+}
+
+/// Has this process's memory be its own, and mapped: it is the agent's until it is
+/// written to, and each page would be copied in each child. Nothing stays locked: the
+/// exec has less to undo.
+fn settle() -> Result<(), Errno> {
+    mlockall(MlockAllFlags::CURRENT)?;
+    munlockall()
+}
