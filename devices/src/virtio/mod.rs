@@ -8,6 +8,7 @@ pub mod chain;
 #[allow(unsafe_code)]
 mod iov;
 pub mod mmio;
+pub mod pmem;
 pub mod queue;
 pub mod rng;
 pub mod vsock;
@@ -20,6 +21,7 @@ use serde::{Serialize, de::DeserializeOwned};
 pub use block::{Block, BlockError, BlockState};
 pub use chain::{Buffers, Chain, ChainError};
 pub use mmio::{MmioTransport, RestoreError, TransportState};
+pub use pmem::{Pmem, PmemError, PmemState};
 pub use queue::{DeviceIo, QueueError, QueueState};
 pub use rng::{Rng, RngState};
 pub use vsock::{Vsock, VsockError, VsockState};
