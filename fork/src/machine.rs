@@ -211,8 +211,8 @@ impl Machine {
 
     pub(crate) fn stats(&self) -> Result<ChildStats, Error> {
         match self {
-            Self::Here(local) => stats::of_mappings(&local.vm.mappings()),
-            Self::Worker(remote) => stats::of_process(remote.pid()),
+            Self::Here(local) => stats::of_mappings(&local.vm.mappings(), local.vm.root_image()),
+            Self::Worker(remote) => stats::of_process(remote.pid(), remote.root_image()),
         }
     }
 

@@ -23,29 +23,41 @@ pub struct ChildStats {
     pub page_tables: u64,
     /// Processor time of its process so far, in microseconds; zero likewise.
     pub cpu_us: u64,
+    /// What it has touched of its root image, mapped from the host's page cache and
+    /// shared with all children that map that image. `None`: the image is not mapped,
+    /// and the guest reads it from its disk.
+    pub root_mapped: Option<u64>,
 }
 
-/// Of a child in this process, by where its memory lies: (address, length).
-pub(crate) fn of_mappings(mappings: &[(u64, u64)]) -> Result<ChildStats, Error> {
+/// Of a child in this process, by where its memory and its root image lie:
+/// (address, length).
+pub(crate) fn of_mappings(
+    mappings: &[(u64, u64)],
+    root_image: Option<(u64, u64)>,
+) -> Result<ChildStats, Error> {
     let path = "/proc/self/smaps";
     let mut stats = ChildStats::default();
+    let mut root = Root::new(root_image);
     each_mapping(path, |mapping| {
-        let ours = |(start, len): &(u64, u64)| (*start..start + len).contains(&mapping.start);
-        if mappings.iter().any(ours) {
+        if mappings.iter().any(|range| is_in(mapping, *range)) {
             stats.guest_private += mapping.own;
             stats.guest_mapped += mapping.rss;
             stats.private += mapping.own;
             stats.pss += mapping.pss;
         }
+        root.count(mapping);
     })?;
+    stats.root_mapped = root.mapped;
     Ok(stats)
 }
 
-/// Of a child in the worker `pid`.
-pub(crate) fn of_process(pid: Pid) -> Result<ChildStats, Error> {
+/// Of a child in the worker `pid`, by where its root image lies there.
+pub(crate) fn of_process(pid: Pid, root_image: Option<(u64, u64)>) -> Result<ChildStats, Error> {
     let pid = pid.as_raw_nonzero();
     let mut stats = ChildStats::default();
+    let mut root = Root::new(root_image);
     each_mapping(&format!("/proc/{pid}/smaps"), |mapping| {
+        root.count(mapping);
         if mapping.is_guest {
             stats.guest_private += mapping.own;
             stats.guest_mapped += mapping.rss;
@@ -63,6 +75,7 @@ pub(crate) fn of_process(pid: Pid) -> Result<ChildStats, Error> {
     each_line(&format!("/proc/{pid}/stat"), |line| {
         stats.cpu_us = cpu_us(line)
     })?;
+    stats.root_mapped = root.mapped;
     Ok(stats)
 }
 
@@ -75,6 +88,30 @@ fn cpu_us(stat: &str) -> u64 {
         |number| -> Option<u64> { fields.split_whitespace().nth(number - FIRST)?.parse().ok() };
     let ticks = ticks(14).unwrap_or_default() + ticks(15).unwrap_or_default();
     ticks.saturating_mul(1_000_000) / rustix::param::clock_ticks_per_second().max(1)
+}
+
+/// Whether a mapping begins in a range: (address, length).
+fn is_in(mapping: &Mapping, (start, len): (u64, u64)) -> bool {
+    (start..start.saturating_add(len)).contains(&mapping.start)
+}
+
+/// Counts what is mapped of a root image.
+struct Root {
+    range: Option<(u64, u64)>,
+    mapped: Option<u64>,
+}
+
+impl Root {
+    fn new(range: Option<(u64, u64)>) -> Self {
+        let mapped = range.map(|_| 0);
+        Self { range, mapped }
+    }
+
+    fn count(&mut self, mapping: &Mapping) {
+        if self.range.is_some_and(|range| is_in(mapping, range)) {
+            self.mapped = self.mapped.map(|kib| kib + mapping.rss);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -156,11 +193,12 @@ mod tests {
 
     #[test]
     fn a_process_and_its_parts_add_up() {
-        let all = of_process(getpid()).expect("of itself");
+        let all = of_process(getpid(), None).expect("of itself");
         assert!(all.private > 0 && all.pss >= all.private && all.page_tables > 0);
-        assert_eq!(of_mappings(&[]).expect("of nothing"), ChildStats::default());
-        let most = of_mappings(&[(0, u64::MAX)]).expect("of everything");
-        assert!(most.private > 0);
+        let nothing = of_mappings(&[], None).expect("of nothing");
+        assert_eq!(nothing, ChildStats::default());
+        let most = of_mappings(&[(0, u64::MAX)], Some((0, u64::MAX))).expect("of everything");
+        assert!(most.private > 0 && most.root_mapped > Some(0));
     }
 
     #[test]

@@ -142,6 +142,8 @@ pub(crate) struct Request {
     pub(crate) asked: Moment,
     pub(crate) identity: Identity,
     pub(crate) disks: Disks,
+    /// See [`Birth::map_root`].
+    pub(crate) map_root: bool,
     pub(crate) hold: bool,
 }
 
@@ -318,6 +320,7 @@ impl Template {
         };
         let birth = Birth {
             disks: request.disks,
+            map_root: request.map_root,
             patches: vec![(page::GPA, request.identity.to_bytes().to_vec())],
             events: mailbox.sink(console),
             hold: request.hold,
@@ -361,6 +364,8 @@ impl Template {
             asked,
             identity: identity::draw(&spec.hostname)?,
             disks,
+            // Who names a domain shares no page with anyone outside of it.
+            map_root: self.info.domain == DEFAULT_DOMAIN,
             hold: spec.hold,
         })
     }

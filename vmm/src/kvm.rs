@@ -2,12 +2,13 @@
 
 use crate::error::Error;
 use crate::host::Host;
-use crate::layout::{IDENTITY_MAP, TSS};
+use crate::layout::{IDENTITY_MAP, TSS, root_window};
 use crate::memory::Ram;
 use crate::moment::Moment;
+use crate::window::RootWindow;
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
-    kvm_userspace_memory_region,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_READONLY,
+    kvm_clock_data, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -18,19 +19,21 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// tests.
 trait Calls {
     type Vcpu;
-    fn memory_slot(&self, slot: u32, gpa: u64, hva: u64, len: u64) -> Result<(), Error>;
+    /// `place`: guest-physical, host address, length. `flags`: KVM_MEM_*.
+    fn memory_slot(&self, slot: u32, place: (u64, u64, u64), flags: u32) -> Result<(), Error>;
     fn identity_map(&self, gpa: u64) -> Result<(), Error>;
     fn tss(&self, gpa: u64) -> Result<(), Error>;
     fn irqchip(&self) -> Result<(), Error>;
     fn vcpu(&self, id: u8) -> Result<Self::Vcpu, Error>;
 }
 
-/// A VM with its memory, interrupt controllers and vCPUs. It holds the memory,
-/// so that a slot never outlives what it points to.
+/// A VM with its memory, interrupt controllers and vCPUs. It holds the memory and
+/// the root window, so that a slot never outlives what it points to.
 #[derive(Debug)]
 pub(crate) struct KvmVm {
     pub(crate) fd: Arc<VmFd>,
     pub(crate) ram: Ram,
+    pub(crate) window: RootWindow,
     pub(crate) xsave_size: usize,
 }
 
@@ -67,10 +70,9 @@ impl KvmVm {
     ) -> Result<(Self, Made), Error> {
         let fd = host.kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
         let (fd, vm) = (Arc::new(fd), Moment::now());
-        let ram = map()?;
-        set_slots(&*fd, &ram)?;
+        let this = Self::over(fd, map()?)?;
         let memory = Moment::now();
-        Ok((Self::over(fd, ram), Made { vm, memory }))
+        Ok((this, Made { vm, memory }))
     }
 
     /// Makes interrupt controllers and vCPUs; once.
@@ -78,13 +80,17 @@ impl KvmVm {
         populate(&*self.fd, vcpus)
     }
 
-    fn over(fd: Arc<VmFd>, ram: Ram) -> Self {
+    /// Gives a VM its memory, and the root window that belongs to so much of it.
+    fn over(fd: Arc<VmFd>, ram: Ram) -> Result<Self, Error> {
+        let window = RootWindow::new(root_window(ram.bytes()))?;
+        set_slots(&*fd, &ram, &window)?;
         let xsave_size = fd.check_extension_int(Cap::Xsave2).max(4096) as usize;
-        Self {
+        Ok(Self {
             fd,
             ram,
+            window,
             xsave_size,
-        }
+        })
     }
 
     pub(crate) fn save(&self) -> Result<KvmVmState, Error> {
@@ -156,17 +162,18 @@ impl Ahead {
     }
 
     pub(crate) fn map(self, ram: Ram) -> Result<(KvmVm, Vec<VcpuFd>), Error> {
-        set_slots(&self.fd, &ram)?;
-        Ok((KvmVm::over(Arc::new(self.fd), ram), self.vcpus))
+        Ok((KvmVm::over(Arc::new(self.fd), ram)?, self.vcpus))
     }
 }
 
 /// Memory before everything else: a slot that is set after the irqchip waits for
 /// a grace period that the irqchip's bus registrations have begun, 1 to 3 jiffies
 /// (virt/kvm/kvm_main.c, kvm_swap_active_memslots, synchronize_srcu_expedited).
-fn set_slots(vm: &impl Calls, ram: &Ram) -> Result<(), Error> {
-    for (slot, (gpa, hva, len)) in (0..).zip(ram.slots()) {
-        vm.memory_slot(slot, gpa, hva, len)?;
+fn set_slots(vm: &impl Calls, ram: &Ram, window: &RootWindow) -> Result<(), Error> {
+    let ram = ram.slots().map(|place| (place, 0));
+    let all = ram.chain([(window.slot(), KVM_MEM_READONLY)]);
+    for (slot, (place, flags)) in (0..).zip(all) {
+        vm.memory_slot(slot, place, flags)?;
     }
     Ok(())
 }
@@ -185,16 +192,22 @@ fn populate<C: Calls>(vm: &C, vcpus: u8) -> Result<Vec<C::Vcpu>, Error> {
 impl Calls for VmFd {
     type Vcpu = VcpuFd;
 
-    fn memory_slot(&self, slot: u32, gpa: u64, hva: u64, len: u64) -> Result<(), Error> {
+    fn memory_slot(
+        &self,
+        slot: u32,
+        (gpa, hva, len): (u64, u64, u64),
+        flags: u32,
+    ) -> Result<(), Error> {
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: gpa,
             memory_size: len,
             userspace_addr: hva,
         };
-        // SAFETY: the range is a mapping of `Ram`, which hands out `hva` and `len`
-        // of the same region, and `KvmVm` keeps that `Ram` as long as this VM.
+        // SAFETY: the range is a mapping of `Ram` or `RootWindow`, which hands out
+        // `hva` and `len` of the same region, and `KvmVm` keeps both as long as this
+        // VM.
         unsafe { self.set_user_memory_region(region) }
             .map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))
     }
@@ -233,8 +246,13 @@ mod tests {
 
     impl Calls for Recorder {
         type Vcpu = u8;
-        fn memory_slot(&self, slot: u32, gpa: u64, _: u64, len: u64) -> Result<(), Error> {
-            self.call(format!("slot {slot} {gpa:#x} {len:#x}"))
+        fn memory_slot(
+            &self,
+            slot: u32,
+            (gpa, _, len): (u64, u64, u64),
+            flags: u32,
+        ) -> Result<(), Error> {
+            self.call(format!("slot {slot} {gpa:#x} {len:#x} {flags}"))
         }
         fn identity_map(&self, gpa: u64) -> Result<(), Error> {
             self.call(format!("identity_map {gpa:#x}"))
@@ -254,14 +272,17 @@ mod tests {
     fn memory_comes_before_the_irqchip_and_vcpus_last() {
         let vm = Recorder::default();
         let ram = Ram::shared(4 << 30).expect("memory");
-        set_slots(&vm, &ram).expect("nothing fails");
+        let window = RootWindow::new(root_window(ram.bytes())).expect("mapped");
+        set_slots(&vm, &ram, &window).expect("nothing fails");
         let vcpus = populate(&vm, 2).expect("nothing fails");
         assert_eq!(vcpus, [0, 1]);
         assert_eq!(
             *vm.0.borrow(),
             [
-                "slot 0 0x0 0xc0000000",
-                "slot 1 0x100000000 0x40000000",
+                "slot 0 0x0 0xc0000000 0",
+                "slot 1 0x100000000 0x40000000 0",
+                // KVM_MEM_READONLY.
+                "slot 2 0x140000000 0x40000000 2",
                 "identity_map 0xfffbc000",
                 "tss 0xfffbd000",
                 "irqchip",

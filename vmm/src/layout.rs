@@ -7,6 +7,7 @@
 //! 0x100000     kernel, initramfs                         RAM
 //! 3 GiB        the hole: doorbell, virtio-mmio windows, IOAPIC, LAPIC, TSS
 //! 4 GiB        the rest of RAM, if there is more than 3 GiB
+//! next GiB     the root window: a child's root image, read-only
 //! ```
 
 use crate::error::ConfigError;
@@ -98,6 +99,30 @@ pub fn ram_ranges(bytes: u64) -> Result<Vec<RamRange>, ConfigError> {
     Ok(ranges)
 }
 
+/// A stretch of guest-physical addresses with a root image behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Window {
+    /// Guest-physical start.
+    pub(crate) gpa: u64,
+    /// Length in bytes.
+    pub(crate) len: u64,
+}
+
+/// Linux adds memory in sections of this size (arch/x86/include/asm/sparsemem.h).
+const SECTION: u64 = 128 << 20;
+/// The longest root window: a guest has 64 bytes of its RAM for each page of it.
+const WINDOW_MAX: u64 = 1 << 30;
+
+/// The root window of a guest with `bytes` of RAM, which [`ram_ranges`] has not
+/// refused: behind RAM and the hole, twice as large as RAM, and at most 1 GiB.
+pub(crate) fn root_window(bytes: u64) -> Window {
+    let end = HOLE_END + bytes.saturating_sub(HOLE_START);
+    Window {
+        gpa: end.next_multiple_of(1 << 30),
+        len: (2 * bytes).next_multiple_of(SECTION).min(WINDOW_MAX),
+    }
+}
+
 /// The e820 map: (start, length, usable).
 pub(crate) fn e820(ranges: &[RamRange]) -> Vec<(u64, u64, bool)> {
     let mut map = vec![
@@ -143,6 +168,18 @@ mod tests {
                 (4 << 30, 1 << 30, true),
             ]
         );
+    }
+
+    #[test]
+    fn the_root_window_is_behind_all_ram() {
+        let at = |gpa, len| Window { gpa, len };
+        assert_eq!(root_window(64 << 20), at(4 << 30, 128 << 20));
+        assert_eq!(root_window(66 << 20), at(4 << 30, 256 << 20));
+        assert_eq!(root_window(256 << 20), at(4 << 30, 512 << 20));
+        assert_eq!(root_window(3 << 30), at(4 << 30, 1 << 30));
+        assert_eq!(root_window(4 << 30), at(5 << 30, 1 << 30));
+        assert_eq!(root_window((3 << 30) + (2 << 20)), at(5 << 30, 1 << 30));
+        assert_eq!(root_window(MEMORY_MAX).gpa, MEMORY_MAX + (1 << 30));
     }
 
     #[test]

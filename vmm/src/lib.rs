@@ -4,9 +4,9 @@
 //! Read [`machine`](Event) to know the machine, `vm.rs` for its life,
 //! `vcpu/thread.rs` for a vCPU's.
 //!
-//! `unsafe` is in three files, for calls into KVM that the compiler cannot
-//! check: `kvm.rs` (memory slots), `vcpu/state.rs` (XSAVE buffers) and
-//! `vcpu/kick.rs` (the signal handler).
+//! `unsafe` is in four files, for calls that the compiler cannot check: `kvm.rs`
+//! (memory slots), `vcpu/state.rs` (XSAVE buffers), `vcpu/kick.rs` (the signal
+//! handler) and `window.rs` (a file mapped over a window).
 
 #![deny(unsafe_code)]
 
@@ -26,6 +26,8 @@ mod probe;
 mod reaper;
 mod vcpu;
 mod vm;
+#[allow(unsafe_code)]
+mod window;
 mod x86_64;
 
 pub use devices::Console;

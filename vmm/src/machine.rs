@@ -11,17 +11,20 @@
 //! | virtio-vsock | 0xd0002000 | 6 |
 //! | virtio-blk `vda`: the root image, read-only | 0xd0003000 | 7 |
 //! | virtio-blk `vdb`: the writable layer | 0xd0004000 | 8 |
+//! | virtio-pmem: the root image again, mapped (`window.rs`) | 0xd0005000 | 9 |
 //!
-//! The disks' slots are part of a template; the files behind them are bound at
-//! the fork.
+//! The disks' slots and the window are part of a template; the files behind them
+//! are bound at the fork.
 
 use crate::error::Error;
 use crate::io::Io;
-use crate::layout::{SERIAL_IRQ, SERIAL_PORT, VIRTIO_IRQ, VIRTIO_MMIO, VIRTIO_MMIO_SIZE};
+use crate::kvm::KvmVm;
+use crate::layout::{SERIAL_IRQ, SERIAL_PORT, VIRTIO_IRQ, VIRTIO_MMIO, VIRTIO_MMIO_SIZE, Window};
 use crate::moment::Moment;
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockState};
 use devices::virtio::mmio::{MmioTransport, TransportState};
+use devices::virtio::pmem::{Pmem, PmemState};
 use devices::virtio::rng::{Rng, RngState};
 use devices::virtio::vsock::{Vsock, VsockState};
 use devices::{Console, GuestMemory, Interrupt, MmioDevice, Serial, SerialState, i8042};
@@ -34,7 +37,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_run_abi::{PAGE_SIZE, doorbell};
 
 /// How many virtio-mmio windows the machine has.
-pub(crate) const VIRTIO_DEVICES: u32 = 4;
+pub(crate) const VIRTIO_DEVICES: u32 = 5;
 
 /// How large the two disks claim to be, in sectors of 512 bytes. A driver reads
 /// the size when it probes, in the parent, long before a file is bound; reads
@@ -100,6 +103,7 @@ pub(crate) struct Devices {
     pub(crate) vsock: Arc<Mutex<MmioTransport<Vsock>>>,
     pub(crate) root: Arc<Mutex<MmioTransport<Block>>>,
     pub(crate) writable: Arc<Mutex<MmioTransport<Block>>>,
+    pub(crate) pmem: Arc<Mutex<MmioTransport<Pmem>>>,
 }
 
 /// A virtio device's state, registers and all.
@@ -117,11 +121,12 @@ pub(crate) struct DevicesState {
     vsock: Virtio<VsockState>,
     root: Virtio<BlockState>,
     writable: Virtio<BlockState>,
+    pmem: Virtio<PmemState>,
 }
 
-impl Default for DevicesState {
-    /// A machine that was just switched on.
-    fn default() -> Self {
+impl DevicesState {
+    /// A machine that was just switched on, with its root window at `window`.
+    pub(crate) fn new(window: Window) -> Self {
         let disk = |id: &str, read_only| Virtio {
             transport: TransportState::default(),
             device: BlockState {
@@ -136,19 +141,22 @@ impl Default for DevicesState {
             vsock: Virtio::default(),
             root: disk("root", true),
             writable: disk("writable", false),
+            pmem: Virtio {
+                transport: TransportState::default(),
+                device: state_of(window),
+            },
         }
     }
 }
 
 impl Devices {
-    /// Makes all devices in the state `s`, and wires their interrupts. The disks
-    /// have no files yet.
-    pub(crate) fn restore(
-        s: &DevicesState,
-        vm: &Arc<VmFd>,
-        memory: &GuestMemory,
-        console: &Console,
-    ) -> Result<Self, Error> {
+    /// Makes all devices of `kvm` in the state `s`, and wires their interrupts. The
+    /// disks have no files yet.
+    pub(crate) fn restore(s: &DevicesState, kvm: &KvmVm, console: &Console) -> Result<Self, Error> {
+        let (vm, memory) = (&kvm.fd, kvm.ram.memory());
+        if s.pmem.device != state_of(kvm.window.place()) {
+            return Err(Error::State("its root window lies elsewhere".into()));
+        }
         let irq = |gsi: u32| -> Arc<dyn Interrupt> {
             Arc::new(Line {
                 vm: Arc::clone(vm),
@@ -161,12 +169,14 @@ impl Devices {
         let writable = Block::restore(&s.writable.device).map_err(refused("the writable disk"))?;
         let vsock = Vsock::restore(&s.vsock.device).map_err(refused("vsock"))?;
         let rng = Rng::restore(&s.rng.device);
+        let pmem = Pmem::restore(&s.pmem.device).map_err(refused("the root window"))?;
         Ok(Self {
             serial: Arc::new(Mutex::new(serial)),
             rng: attach(rng, memory, irq(VIRTIO_IRQ), &s.rng.transport)?,
             vsock: attach(vsock, memory, irq(VIRTIO_IRQ + 1), &s.vsock.transport)?,
             root: attach(root, memory, irq(VIRTIO_IRQ + 2), &s.root.transport)?,
             writable: attach(writable, memory, irq(VIRTIO_IRQ + 3), &s.writable.transport)?,
+            pmem: attach(pmem, memory, irq(VIRTIO_IRQ + 4), &s.pmem.transport)?,
         })
     }
 
@@ -195,6 +205,7 @@ impl Devices {
             vsock: save(&self.vsock),
             root: save(&self.root),
             writable: save(&self.writable),
+            pmem: save(&self.pmem),
         }
     }
 
@@ -206,6 +217,7 @@ impl Devices {
             lock(&self.vsock).kick(),
             lock(&self.root).kick(),
             lock(&self.writable).kick(),
+            lock(&self.pmem).kick(),
         ]
         .contains(&true)
     }
@@ -217,6 +229,7 @@ impl Devices {
             self.vsock.clone(),
             self.root.clone(),
             self.writable.clone(),
+            self.pmem.clone(),
         ]
     }
 
@@ -227,7 +240,16 @@ impl Devices {
             self.vsock.clone(),
             self.root.clone(),
             self.writable.clone(),
+            self.pmem.clone(),
         ]
+    }
+}
+
+/// What a guest is told of its root window.
+fn state_of(window: Window) -> PmemState {
+    PmemState {
+        start: window.gpa,
+        size: window.len,
     }
 }
 

@@ -184,6 +184,11 @@ impl Ram {
         Ok(())
     }
 
+    /// The guest's memory in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// For devices and the loader.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory

@@ -35,6 +35,9 @@ use std::sync::mpsc::Receiver;
 pub struct Birth {
     /// The files behind its disks.
     pub disks: Disks,
+    /// Whether the root image is mapped into the guest too, if it fits its root
+    /// window: it shares the image's pages with all who map them.
+    pub map_root: bool,
     /// (Guest-physical address, bytes), written into its memory.
     pub patches: Vec<(u64, Vec<u8>)>,
     /// Where its events go.
@@ -134,7 +137,7 @@ impl Prepared {
             vcpus.push(vcpu);
         }
         restore().load(0, &first)?;
-        let devices = Devices::restore(&state.devices, &kvm.fd, kvm.ram.memory(), &console)?;
+        let devices = Devices::restore(&state.devices, &kvm, &console)?;
         let io = Io::new(host, devices.subscribers());
         let parts = Parts {
             vcpus,
@@ -183,6 +186,9 @@ impl Prepared {
         let Some(parts) = &mut self.parts.parts else {
             return Err(Error::Phase("gone"));
         };
+        if let Some(root) = birth.disks.root.as_ref().filter(|_| birth.map_root) {
+            parts.kvm.window.bind(root)?;
+        }
         parts.devices.bind(birth.disks)?;
         for (gpa, bytes) in &birth.patches {
             parts.kvm.ram.write(*gpa, bytes)?;

@@ -133,8 +133,8 @@ impl Vm {
             set_up_vcpu(host, vcpu, id, config, entry)?;
         }
         let console = Console::new();
-        let state = DevicesState::default();
-        let devices = Devices::restore(&state, &kvm.fd, kvm.ram.memory(), &console)?;
+        let state = DevicesState::new(kvm.window.place());
+        let devices = Devices::restore(&state, &kvm, &console)?;
         let vcpus = (0..config.vcpus)
             .map(Vcpu::spawn)
             .collect::<Result<Vec<_>, _>>()?;
@@ -192,6 +192,12 @@ impl Vm {
         slots
             .map(|(_, address, length)| (address, length))
             .collect()
+    }
+
+    /// Where its root image lies in this process, if it is mapped into the guest:
+    /// (address, length), in bytes. If it is not, the guest reads it from its disk.
+    pub fn root_image(&self) -> Option<(u64, u64)> {
+        self.parts.as_ref()?.kvm.window.image()
     }
 
     /// Where its memory lies in the guest.

@@ -33,6 +33,7 @@ pub(crate) enum ToWorker {
         identity: Vec<u8>,
         has_root: bool,
         has_writable: bool,
+        map_root: bool,
         hold: bool,
     },
     /// Stop the guest.
@@ -51,7 +52,11 @@ pub(crate) enum ToWorker {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum FromWorker {
     Prepared,
-    Started(Timeline),
+    Started {
+        timeline: Timeline,
+        /// Where the root image lies in the worker, if it is mapped into the guest.
+        root_image: Option<(u64, u64)>,
+    },
     Paused,
     Resumed,
     /// With it: the stream.

@@ -39,6 +39,8 @@ pub(crate) struct Remote {
     /// What came while an answer was waited for.
     news: VecDeque<News>,
     timeline: Option<Timeline>,
+    /// Where the root image lies in it, if it is mapped into the guest.
+    root_image: Option<(u64, u64)>,
     is_gone: bool,
 }
 
@@ -52,6 +54,7 @@ impl Remote {
             pid,
             news: VecDeque::new(),
             timeline: None,
+            root_image: None,
             is_gone: false,
         })
     }
@@ -91,6 +94,7 @@ impl Remote {
             identity: request.identity.to_bytes().to_vec(),
             has_root: disks.root.is_some(),
             has_writable: disks.writable.is_some(),
+            map_root: request.map_root,
             hold: request.hold,
         };
         self.ask(&message, &descriptors)
@@ -99,12 +103,23 @@ impl Remote {
     /// Waits until it does.
     pub(crate) fn started(&mut self) -> Result<(), Error> {
         match self.answer()? {
-            (FromWorker::Started(timeline), _) => {
+            (
+                FromWorker::Started {
+                    timeline,
+                    root_image,
+                },
+                _,
+            ) => {
                 self.timeline = Some(timeline);
+                self.root_image = root_image;
                 Ok(())
             }
             (other, _) => Err(odd(&other)),
         }
+    }
+
+    pub(crate) fn root_image(&self) -> Option<(u64, u64)> {
+        self.root_image
     }
 
     pub(crate) fn timeline(&self) -> Timeline {

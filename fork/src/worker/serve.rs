@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vm_run_abi::identity;
-use vmm::{Birth, Disks, EventSink, Host, Image, Moment, Prepared, Vm, VmState};
+use vmm::{Birth, Disks, EventSink, Host, Image, Prepared, Vm, VmState};
 
 /// The longest state, in bytes: some ten kilobytes for each vCPU.
 pub(crate) const STATE_MAX: u64 = 16 << 20;
@@ -69,6 +69,7 @@ impl Worker {
                 identity,
                 has_root,
                 has_writable,
+                map_root,
                 hold,
             } => {
                 let Life::Prepared(prepared) = self.take_life() else {
@@ -78,10 +79,14 @@ impl Worker {
                     root: has_root.then(|| with.next()).flatten(),
                     writable: has_writable.then(|| with.next()).flatten(),
                 };
-                let vm = self.start(*prepared, asked, &identity, disks, hold)?;
-                let timeline = vm.timeline();
+                let birth = self.birth(&prepared, &identity, disks, map_root, hold);
+                let vm = prepared.start(asked, birth).map_err(|e| e.to_string())?;
+                let started = FromWorker::Started {
+                    timeline: vm.timeline(),
+                    root_image: vm.root_image(),
+                };
                 self.life = Life::Running(Box::new(vm));
-                Ok((FromWorker::Started(timeline), Vec::new()))
+                Ok((started, Vec::new()))
             }
             ToWorker::Connect { port } => {
                 let stream = self.vm()?.connect(port);
@@ -120,14 +125,14 @@ impl Worker {
         }
     }
 
-    fn start(
+    fn birth(
         &self,
-        prepared: Prepared,
-        asked: Moment,
+        prepared: &Prepared,
         identity: &[u8],
         disks: Disks,
+        map_root: bool,
         hold: bool,
-    ) -> Result<Vm, String> {
+    ) -> Birth {
         let console = prepared.console().clone();
         let socket = Arc::clone(&self.socket);
         // From the vCPU's thread straight to the owner.
@@ -137,13 +142,13 @@ impl Worker {
                 log::debug!("nobody hears of {event:?}: {error}");
             }
         });
-        let birth = Birth {
+        Birth {
             disks,
+            map_root,
             patches: vec![(identity::GPA, identity.to_vec())],
             events: sink,
             hold,
-        };
-        prepared.start(asked, birth).map_err(|e| e.to_string())
+        }
     }
 }
 
