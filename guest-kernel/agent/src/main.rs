@@ -14,7 +14,7 @@ use vm_run_agent::doorbell::Doorbell;
 use vm_run_agent::freezer::Freezer;
 use vm_run_agent::identity::ForkPoint;
 use vm_run_agent::prepared::Prepared;
-use vm_run_agent::rootfs::Disks;
+use vm_run_agent::rootfs::{self, Disks};
 use vm_run_agent::serve::{Done, Server};
 use vm_run_agent::spawn::Resources;
 use vm_run_agent::{check, mounts, sys};
@@ -130,6 +130,10 @@ fn prepare_server() -> Result<Server, String> {
     let resources = Resources {
         disks: Disks {
             image: IMAGE.to_owned(),
+            window: rootfs::find_window().unwrap_or_else(|why| {
+                say(&why);
+                None
+            }),
             writable: WRITABLE.to_owned(),
         },
         freezer: Freezer::open(cgroup.as_fd())

@@ -1,5 +1,5 @@
-//! The container's root file system: the read-only image on the first disk, the
-//! writable layer over it.
+//! The container's root file system: the read-only image, mapped from the root
+//! window or read from the first disk, and the writable layer over it.
 
 use crate::mounts::{self, make_directory_with, mount};
 use crate::sys;
@@ -9,7 +9,9 @@ use rustix::mount::MountFlags;
 use std::ffi::CString;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::time::Duration;
+use vm_run_abi::PAGE_SIZE;
 use vm_run_abi::protocol::Writable;
 
 /// Where a guest finds what belongs to its container.
@@ -17,6 +19,9 @@ use vm_run_abi::protocol::Writable;
 pub struct Disks {
     /// The image: erofs or ext4, never written.
     pub image: String,
+    /// The same image once more, if it has been put there, in memory that can be
+    /// mapped: see [`find_window`].
+    pub window: Option<String>,
     /// For [`Writable::Disk`]: an ext4.
     pub writable: String,
 }
@@ -28,11 +33,13 @@ enum Kind {
     Ext4,
 }
 
-/// What the start of a disk says: the file system and its size in bytes.
+/// What the start of a disk says: the file system, its size and that of its blocks,
+/// in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Superblock {
     kind: Kind,
     size: u64,
+    block: u64,
 }
 
 /// Both file systems have their superblock at this offset.
@@ -46,20 +53,16 @@ impl Superblock {
     fn parse(bytes: &[u8; SUPERBLOCK_LEN]) -> Option<Self> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
-        let blocks_of = |blocks: u32, bits: u32| u64::from(blocks).checked_shl(bits);
+        let of = |kind, blocks: u32, bits: u32| {
+            let block = 1 << bits;
+            let size = u64::from(blocks).checked_mul(block)?;
+            Some(Self { kind, size, block })
+        };
         if u32_at(0) == 0xe0f5_e1e2 {
-            let size = blocks_of(u32_at(36), u32::from(bytes[12]).min(16))?;
-            return Some(Self {
-                kind: Kind::Erofs,
-                size,
-            });
+            return of(Kind::Erofs, u32_at(36), u32::from(bytes[12]).min(16));
         }
         if u16_at(56) == 0xef53 {
-            let size = blocks_of(u32_at(4), 10 + u32_at(24).min(6))?;
-            return Some(Self {
-                kind: Kind::Ext4,
-                size,
-            });
+            return of(Kind::Ext4, u32_at(4), 10 + u32_at(24).min(6));
         }
         None
     }
@@ -90,6 +93,81 @@ fn probe(disk: &str) -> Result<Kind, String> {
         }
         waited += pause;
     }
+}
+
+/// The block device of the root window, and what shows that it can be mapped.
+const WINDOW: &str = "/dev/pmem0";
+const WINDOW_DAX: &str = "/sys/block/pmem0/queue/dax";
+const WINDOW_READAHEAD: &str = "/sys/block/pmem0/queue/read_ahead_kb";
+/// Bound to its driver, a device has a link of its name in here.
+const WINDOW_DRIVER: &str = "/sys/bus/virtio/drivers/virtio_pmem";
+
+/// How long the kernel may take from the window's driver to its block device, which
+/// it makes by itself after the boot.
+const WINDOW_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The block device of the root window, for a kernel that has a driver for it and
+/// can map files from it. In the parent the window is all zeroes. Nothing of it may
+/// be in the page cache at the fork point, so it is not opened here: what the kernel
+/// itself has read it has dropped at the last close.
+pub fn find_window() -> Result<Option<String>, String> {
+    let mut entries = std::fs::read_dir(WINDOW_DRIVER).into_iter().flatten();
+    let is_device = |name: &[u8]| name.starts_with(b"virtio");
+    if !entries.any(|entry| entry.is_ok_and(|e| is_device(e.file_name().as_encoded_bytes()))) {
+        return Ok(None);
+    }
+    let pause = Duration::from_millis(2);
+    let mut waited = Duration::ZERO;
+    while !Path::new(WINDOW).exists() {
+        if waited >= WINDOW_PATIENCE {
+            return Err(format!("the kernel has virtio_pmem and makes no {WINDOW}"));
+        }
+        std::thread::sleep(pause);
+        waited += pause;
+    }
+    let dax = std::fs::read_to_string(WINDOW_DAX).unwrap_or_default();
+    if dax.trim() != "1" {
+        return Ok(None);
+    }
+    // What is not mapped (superblock, inodes, directories) is copied, at no more cost
+    // for one page at a time: a page that nobody asks for is not to be a child's own.
+    std::fs::write(WINDOW_READAHEAD, "0")
+        .map_err(|e| format!("cannot write {WINDOW_READAHEAD}: {e}"))?;
+    Ok(Some(WINDOW.to_owned()))
+}
+
+/// Mounts the image from the window, if that holds one that can be mapped. `false`:
+/// it is to be read from its disk.
+fn mount_window(window: &str, target: &str, flags: MountFlags) -> Result<bool, String> {
+    let failed = |e: std::io::Error| format!("cannot read {window}: {e}");
+    let mut bytes = [0; SUPERBLOCK_LEN];
+    File::open(window)
+        .and_then(|file| file.read_exact_at(&mut bytes, SUPERBLOCK_AT))
+        .map_err(failed)?;
+    match Superblock::parse(&bytes) {
+        // The monitor has put nothing there, and knows it.
+        None if bytes.iter().all(|byte| *byte == 0) => return Ok(false),
+        // Linux maps only blocks of a page's size (fs/erofs/super.c).
+        Some(found) if found.kind == Kind::Erofs && found.block == PAGE_SIZE => {}
+        _ => {
+            note("it is no erofs with blocks of a page");
+            return Ok(false);
+        }
+    }
+    match mount(window, target, "erofs", flags, c"dax=always") {
+        Ok(()) => Ok(true),
+        Err(why) => {
+            note(&why);
+            Ok(false)
+        }
+    }
+}
+
+/// For the kernel's log. Where there is none nobody can be told.
+fn note(why: &str) {
+    const NOTICE: &str = "<5>";
+    let line = format!("{NOTICE}vm-run-agent: the root image is read and not mapped: {why}");
+    std::fs::write("/dev/kmsg", line).ok();
 }
 
 fn look(disk: &str) -> Result<Look, String> {
@@ -143,14 +221,20 @@ pub fn make_mount_points() -> Result<(), String> {
 /// [`Writable::Nothing`] the caller makes it read-only when they are there.
 pub fn mount_root(disks: &Disks, writable: &Writable) -> Result<String, String> {
     let paths = paths();
-    mount_image(&disks.image, &paths.image)?;
+    mount_image(disks, &paths.image)?;
     mount_layer(disks, writable, &paths.layer)?;
     mount_overlay(&paths)?;
     Ok(paths.root)
 }
 
-fn mount_image(disk: &str, target: &str) -> Result<(), String> {
+fn mount_image(disks: &Disks, target: &str) -> Result<(), String> {
     let flags = MountFlags::RDONLY | MountFlags::NOATIME;
+    if let Some(window) = &disks.window
+        && mount_window(window, target, flags)?
+    {
+        return Ok(());
+    }
+    let disk = &disks.image;
     match probe(disk)? {
         Kind::Erofs => mount(disk, target, "erofs", flags, c""),
         // No journal replay: the disk cannot be written.
@@ -218,7 +302,10 @@ mod tests {
         erofs[12] = 12;
         erofs[36..40].copy_from_slice(&100u32.to_le_bytes());
         let found = Superblock::parse(&erofs);
-        let expected = |kind, size| Some(Superblock { kind, size });
+        let expected = |kind, size| {
+            let block = 4096;
+            Some(Superblock { kind, size, block })
+        };
         assert_eq!(found, expected(Kind::Erofs, 100 * 4096));
 
         let mut ext4 = [0; SUPERBLOCK_LEN];

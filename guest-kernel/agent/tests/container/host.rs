@@ -47,6 +47,7 @@ pub fn serve(args: &[String]) -> ExitCode {
     let resources = Resources {
         disks: Disks {
             image: image.clone(),
+            window: None,
             writable: writable.clone(),
         },
         freezer: Freezer::open(cgroup.as_fd()).unwrap(),
