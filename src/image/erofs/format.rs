@@ -28,7 +28,7 @@ pub enum DataLayout {
     /// In whole blocks, the last one filled up with zeros (EROFS_INODE_FLAT_PLAIN).
     Plain,
     /// In whole blocks, and what is left over behind the inode
-    /// (EROFS_INODE_FLAT_INLINE).
+    /// (EROFS_INODE_FLAT_INLINE): for directories and links.
     Inline,
 }
 

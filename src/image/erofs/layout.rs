@@ -165,7 +165,10 @@ fn measure(tree: &Tree, node: NodeId, parent: usize) -> Result<Placed> {
         Body::Symlink(target) => target.len() as u64,
         _ => 0,
     };
-    let layout = if size % BLOCK == 0 {
+    // Linux maps a file from memory (DAX) only if all of it is in blocks of its own
+    // (fs/erofs/inode.c), so a regular file is, at half a block's cost.
+    let is_file = matches!(file.body, Body::Regular(_));
+    let layout = if is_file || size % BLOCK == 0 {
         DataLayout::Plain
     } else {
         DataLayout::Inline

@@ -7,10 +7,13 @@
 //!
 //! ```text
 //! block 0      superblock, at byte 1024
-//! block 1 ...  inodes, each with its extended attributes and, where it fits into
-//!              the same block, the tail of its data
+//! block 1 ...  inodes, each with its extended attributes; behind a directory's or a
+//!              link's, where it fits into the same block, the tail of its data
 //! then         whole blocks of data, file after file
 //! ```
+//!
+//! The tail of a regular file has a block of its own: only so can a guest map the file
+//! from memory that holds the image (`dax`), and a mapped page is no page of its own.
 //!
 //! Compression is left out on purpose: the image is read once into the host's page
 //! cache, and all children share it there; what would be saved on disk would be
@@ -26,4 +29,4 @@ pub use write::write;
 
 /// The version of this writer: part of the name of a cached image, so that images
 /// of an older writer are not taken for those of this one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
