@@ -97,7 +97,8 @@ fn a_spoilt_template_is_refused() {
     type Spoil = fn(&Path);
     let cases: [(&str, Spoil); 5] = [
         ("has format 99", |t| {
-            edit(t, "\"format\": 3", "\"format\": 99")
+            let now = format!("\"format\": {}", fork::FORMAT);
+            edit(t, &now, "\"format\": 99")
         }),
         ("rebuild it here", |t| {
             edit(t, "\"family\": ", "\"family\": 1")

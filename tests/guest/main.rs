@@ -12,6 +12,7 @@ mod kills;
 mod machine;
 mod options;
 mod pages;
+mod root_window;
 mod streams;
 mod support;
 mod warm;

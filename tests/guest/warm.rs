@@ -172,6 +172,9 @@ fn a_hundred_warm_children_give_a_hundred_answers() {
             tokens.insert(python.hear());
             generations.insert(python.hear());
             assert_eq!(&python.hear(), name);
+            // Its root image is the template's own, and is mapped again.
+            let stats = python.child.stats().expect("counts");
+            assert!(stats.root_mapped > Some(0), "{stats:?}");
             pooled += usize::from(python.child.path() == ForkPath::Pooled);
         }
     }
@@ -196,6 +199,9 @@ fn a_warm_child_can_be_frozen_in_its_turn() {
     for name in ["third-a", "third-b"] {
         let mut python = Python::fork(&template, name);
         assert_eq!(python.ask("kept + 1"), "42");
+        // Of what its parent had not read before it was frozen.
+        let import = "len(__import__('xml.dom.minidom').dom.minidom.parseString('<a/>').toxml())";
+        assert_eq!(python.ask(import), "26");
         assert_eq!(python.ask("socket.gethostname()"), name);
         generations.insert(python.ask("generation"));
         tokens.insert(python.ask("secrets.token_hex()"));
