@@ -55,7 +55,8 @@ fn when(threads: u8, number: i64, alternatives: Vec<Vec<Check>>) -> Call {
 fn runtime() -> Vec<Call> {
     let exec = libc::PROT_EXEC as u32;
     vec![
-        // The heap. Never memory that can be executed.
+        // The heap; guest memory, and the root image over its window. Never memory
+        // that can be executed.
         always(ALL, libc::SYS_brk),
         when(ALL, libc::SYS_mmap, vec![vec![Check::Without(2, exec)]]),
         when(ALL, libc::SYS_mprotect, vec![vec![Check::Without(2, exec)]]),
