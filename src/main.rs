@@ -41,6 +41,8 @@ fn main() -> ExitCode {
     env_logger::Builder::new()
         .filter_level(args.log)
         .format_target(false)
+        // It logs what it returns as well.
+        .filter_module("rustls_platform_verifier", log::LevelFilter::Off)
         .init();
     if let Err(error) = raise_descriptors() {
         log::warn!("the limit of open files stays as it is: {error}");

@@ -1,6 +1,6 @@
 //! Progress of long operations, for people: a bar on a terminal, silence in a pipe.
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::cell::RefCell;
 
 /// Is told how far a long operation has come. One step at a time.
@@ -31,15 +31,7 @@ pub struct Bar {
 impl Progress for Bar {
     fn begin(&self, label: &str, total: Option<u64>) {
         let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr());
-        let template = match total {
-            Some(_) => "{msg:28!} {wide_bar} {binary_bytes}/{binary_total_bytes}",
-            None => "{msg:28!} {spinner} {binary_bytes}",
-        };
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        bar.set_message(label.to_owned());
-        self.current.replace(Some(bar));
+        self.current.replace(Some(dressed(bar, label)));
     }
 
     fn advance(&self, bytes: u64) {
@@ -53,6 +45,54 @@ impl Progress for Bar {
             bar.finish_and_clear();
         }
     }
+}
+
+/// Bars of steps that run side by side, under the same rule.
+pub struct Bars(MultiProgress);
+
+/// One of them. Dropping it takes it off the screen.
+pub struct Line(ProgressBar);
+
+impl Bars {
+    /// Shown on standard error if that is a terminal.
+    pub fn shown() -> Bars {
+        Bars(MultiProgress::with_draw_target(ProgressDrawTarget::stderr()))
+    }
+
+    /// Shown nowhere.
+    pub fn hidden() -> Bars {
+        Bars(MultiProgress::with_draw_target(ProgressDrawTarget::hidden()))
+    }
+
+    /// A step of `total` bytes begins.
+    pub fn begin(&self, label: &str, total: u64) -> Line {
+        Line(dressed(self.0.add(ProgressBar::new(total)), label))
+    }
+}
+
+impl Line {
+    /// So many bytes of the step are done.
+    pub fn reached(&self, bytes: u64) {
+        self.0.set_position(bytes);
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+fn dressed(bar: ProgressBar, label: &str) -> ProgressBar {
+    let template = match bar.length() {
+        Some(_) => "{msg:28!} {wide_bar} {binary_bytes}/{binary_total_bytes}",
+        None => "{msg:28!} {spinner} {binary_bytes}",
+    };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.set_message(label.to_owned());
+    bar
 }
 
 impl Drop for Bar {

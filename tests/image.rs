@@ -3,6 +3,12 @@
 
 #[path = "image/archive.rs"]
 mod archive;
+#[path = "image/attributes.rs"]
+mod attributes;
+#[path = "image/commands.rs"]
+mod commands;
+#[path = "image/evil.rs"]
+mod evil;
 
 use archive::{Entry, digest, docker_archive, gzip, layer, oci_directory, tar};
 use std::path::{Path, PathBuf};
@@ -59,7 +65,8 @@ fn refused_line(root: &Path, out: &Output) -> String {
 
 /// The files that a store holds.
 fn stored(root: &Path) -> Vec<PathBuf> {
-    let folders = ["blobs/sha256", "rootfs", "tmp"].map(|folder| root.join("images").join(folder));
+    let folders = ["blobs/sha256", "rootfs", "downloads", "tmp"]
+        .map(|folder| root.join("images").join(folder));
     let mut files: Vec<PathBuf> = folders
         .iter()
         .flat_map(|folder| std::fs::read_dir(folder).unwrap())

@@ -1,11 +1,17 @@
 //! `vm-run image ...`: from words to a call, from its result to lines.
 
 use super::archive::Input;
-use super::store::{ImageSummary, Store};
-use crate::progress::Bar;
+use super::changes::StartConfig;
+use super::name::Name;
+use super::reference::{Reference, familiar};
+use super::registry::{Access, Login, pull, push};
+use super::store::{Format, ImageSummary, Import, Removed, Store};
+use crate::progress::{Bar, Bars};
 use anyhow::{Context, Result, bail};
-use std::io::{IsTerminal, Write};
+use std::fs::File;
+use std::io::{BufRead, BufWriter, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
 
 /// Bytes of an id that people are shown, as docker does.
 const SHORT_ID: usize = 12;
@@ -23,6 +29,73 @@ pub enum ImageCommand {
         #[arg(short, long, value_name = "FILE")]
         input: Option<PathBuf>,
     },
+    /// Get an image from its registry
+    Pull {
+        /// NAME[:TAG], or NAME@sha256:DIGEST
+        image: String,
+        /// Print the image's full name and nothing else
+        #[arg(short, long)]
+        quiet: bool,
+        #[command(flatten)]
+        access: AccessArgs,
+    },
+    /// Give an image to the registry of its name
+    Push {
+        /// NAME[:TAG]
+        image: String,
+        /// Print the image's full name and nothing else
+        #[arg(short, long)]
+        quiet: bool,
+        #[command(flatten)]
+        access: AccessArgs,
+    },
+    /// Write images into an archive, to standard output if it is no terminal
+    Save {
+        /// Names, ids, or beginnings of ids
+        #[arg(required = true)]
+        images: Vec<String>,
+        /// The file, or for oci-dir the directory, to write
+        #[arg(short, long, value_name = "PATH")]
+        output: Option<PathBuf>,
+        /// What to write
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+    },
+    /// Make an image of a root file system's tar
+    Import {
+        /// The tar, compressed or not; `-` for standard input
+        file: PathBuf,
+        /// The image's name
+        name: Option<String>,
+        /// A Dockerfile's instruction, such as 'CMD ["/bin/sh"]'
+        #[arg(short, long, value_name = "INSTRUCTION")]
+        change: Vec<String>,
+        /// A line for the image's history
+        #[arg(short, long)]
+        message: Option<String>,
+    },
+    /// Give an image one more name
+    Tag {
+        /// A name, an id, or the beginning of an id
+        image: String,
+        /// The new name
+        name: String,
+    },
+    /// Print all that is known of images, as a JSON array in docker's form
+    Inspect {
+        /// Names, ids, or beginnings of ids
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+    /// Remove images that have no name, and unfinished downloads
+    Prune {
+        /// Every image that no container uses
+        #[arg(short, long)]
+        all: bool,
+        /// Do not ask
+        #[arg(short, long)]
+        force: bool,
+    },
     /// List images
     Ls {
         /// Print a JSON array
@@ -37,6 +110,52 @@ pub enum ImageCommand {
     },
 }
 
+/// How a registry is to be reached.
+#[derive(Debug, clap::Args)]
+pub struct AccessArgs {
+    /// Log in as this user [default: what docker's config.json says]
+    #[arg(long, value_name = "NAME", requires = "password_stdin")]
+    username: Option<String>,
+    /// Read the password from standard input
+    #[arg(long, requires = "username")]
+    password_stdin: bool,
+    /// Without TLS. localhost and 127.0.0.1 are reached so in any case
+    #[arg(long)]
+    plain_http: bool,
+}
+
+impl AccessArgs {
+    fn access(self) -> Result<Access> {
+        let login = match self.username {
+            Some(user) => Some(Login {
+                user,
+                password: read_password()?,
+            }),
+            None => None,
+        };
+        Ok(Access {
+            plain_http: self.plain_http,
+            login,
+        })
+    }
+}
+
+/// One line of standard input.
+fn read_password() -> Result<String> {
+    const LONGEST: u64 = 64 << 10;
+    let mut line = String::new();
+    std::io::stdin()
+        .lock()
+        .take(LONGEST)
+        .read_line(&mut line)
+        .context("cannot read the password")?;
+    let password = line.trim_end_matches(['\r', '\n']);
+    if password.is_empty() {
+        bail!("no password on standard input");
+    }
+    Ok(password.to_owned())
+}
+
 /// Does it. `root` is the state directory.
 ///
 /// # Errors
@@ -45,6 +164,41 @@ pub fn run(command: ImageCommand, root: &Path) -> Result<()> {
     let store = Store::open(root)?;
     match command {
         ImageCommand::Load { file, input } => load(&store, file.or(input)),
+        ImageCommand::Pull {
+            image,
+            quiet,
+            access,
+        } => pull_image(&store, &image, quiet, &access.access()?),
+        ImageCommand::Push {
+            image,
+            quiet,
+            access,
+        } => push_image(&store, &image, quiet, &access.access()?),
+        ImageCommand::Save {
+            images,
+            output,
+            format,
+        } => save(&store, &images, output.as_deref(), format)
+            .with_context(|| format!("cannot save {}", images.join(" "))),
+        ImageCommand::Import {
+            file,
+            name,
+            change,
+            message,
+        } => {
+            let mut config = StartConfig::default();
+            change.iter().try_for_each(|line| config.apply(line))?;
+            let name = name.as_deref().map(Name::parse).transpose()?;
+            let import = Import {
+                config,
+                message,
+                name,
+            };
+            import_tar(&store, &file, &import)
+        }
+        ImageCommand::Tag { image, name } => Ok(store.tag(&image, &name)?),
+        ImageCommand::Inspect { images } => inspect(&store, &images),
+        ImageCommand::Prune { all, force } => prune(&store, all, force),
         ImageCommand::Ls { json } => list(&store, json),
         ImageCommand::Rm { images } => remove(&store, &images),
     }
@@ -74,6 +228,128 @@ fn load(store: &Store, file: Option<PathBuf>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn bars(quiet: bool) -> Bars {
+    if quiet { Bars::hidden() } else { Bars::shown() }
+}
+
+fn pull_image(store: &Store, image: &str, quiet: bool, access: &Access) -> Result<()> {
+    let reference = Reference::parse(image)?;
+    let bar = Bar::default();
+    let pulled = pull(store, &reference, access, (&bars(quiet), &bar))
+        .with_context(|| format!("cannot pull {image}"))?;
+    drop(bar);
+    let mut out = std::io::stdout().lock();
+    if !quiet {
+        let shown = familiar(&pulled.name);
+        writeln!(out, "Digest: {}", pulled.digest)?;
+        match pulled.is_known {
+            true => writeln!(out, "Status: Image is up to date for {shown}")?,
+            false => writeln!(out, "Status: Downloaded newer image for {shown}")?,
+        }
+    }
+    writeln!(out, "{}", pulled.name)?;
+    Ok(())
+}
+
+fn push_image(store: &Store, image: &str, quiet: bool, access: &Access) -> Result<()> {
+    let name = Name::parse(image)?;
+    let digest =
+        push(store, &name, access, &bars(quiet)).with_context(|| format!("cannot push {image}"))?;
+    let mut out = std::io::stdout().lock();
+    if !quiet {
+        writeln!(out, "Digest: {digest}")?;
+    }
+    writeln!(out, "{name}")?;
+    Ok(())
+}
+
+fn save(store: &Store, images: &[String], output: Option<&Path>, format: Format) -> Result<()> {
+    let bar = Bar::default();
+    let Some(path) = output else {
+        if format == Format::OciDir {
+            bail!("a directory has a name: give it with -o");
+        }
+        let mut out = std::io::stdout().lock();
+        if out.is_terminal() {
+            bail!("a terminal is no place for an archive: give -o FILE, or redirect it");
+        }
+        return Ok(store.save_archive(images, format, &mut out, &bar)?);
+    };
+    if format == Format::OciDir {
+        return Ok(store.save_directory(images, path, &bar)?);
+    }
+    let shown = || format!("cannot write {}", path.display());
+    let is_special = path.metadata().is_ok_and(|meta| !meta.is_file());
+    if is_special {
+        let mut file = File::options().write(true).open(path).with_context(shown)?;
+        return Ok(store.save_archive(images, format, &mut file, &bar)?);
+    }
+    // An archive that is cut by an error or a crash is not left to be taken for one.
+    let parent = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let new = NamedTempFile::new_in(parent).with_context(shown)?;
+    let mut out = BufWriter::with_capacity(1 << 20, new.as_file());
+    store.save_archive(images, format, &mut out, &bar)?;
+    drop(out);
+    new.as_file().sync_all().with_context(shown)?;
+    new.persist(path).with_context(shown)?;
+    Ok(())
+}
+
+fn import_tar(store: &Store, file: &Path, import: &Import) -> Result<()> {
+    let progress = Bar::default();
+    let id = if file == Path::new("-") {
+        let mut stdin = std::io::stdin().lock();
+        store
+            .import(Input::Reader(&mut stdin), import, &progress)
+            .context("cannot import standard input")?
+    } else {
+        store
+            .import(Input::Path(file), import, &progress)
+            .with_context(|| format!("cannot import {}", file.display()))?
+    };
+    writeln!(std::io::stdout().lock(), "{id}")?;
+    Ok(())
+}
+
+fn inspect(store: &Store, images: &[String]) -> Result<()> {
+    let all = images
+        .iter()
+        .map(|image| Ok(store.inspect(image)?))
+        .collect::<Result<Vec<serde_json::Value>>>()?;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?;
+    Ok(())
+}
+
+fn prune(store: &Store, all: bool, force: bool) -> Result<()> {
+    if !force && !is_sure(all)? {
+        return Ok(());
+    }
+    let removed = store.prune(all).context("cannot prune the images")?;
+    let mut out = std::io::stdout().lock();
+    print_removed(&mut out, &removed)?;
+    let reclaimed = indicatif::DecimalBytes(removed.reclaimed);
+    writeln!(out, "Total reclaimed space: {reclaimed}")?;
+    Ok(())
+}
+
+fn is_sure(all: bool) -> Result<bool> {
+    let which = if all {
+        "every image that no container uses"
+    } else {
+        "every image that has no name"
+    };
+    let mut out = std::io::stdout().lock();
+    write!(out, "This removes {which}. Go on? [y/N] ")?;
+    out.flush()?;
+    let mut answer = String::new();
+    std::io::stdin().lock().take(64).read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 fn list(store: &Store, json: bool) -> Result<()> {
@@ -148,12 +424,17 @@ fn remove(store: &Store, images: &[String]) -> Result<()> {
         let removed = store
             .remove(image)
             .with_context(|| format!("cannot remove {image}"))?;
-        for name in removed.untagged {
-            writeln!(out, "Untagged: {name}")?;
-        }
-        if let Some(id) = removed.deleted {
-            writeln!(out, "Deleted: {id}")?;
-        }
+        print_removed(&mut out, &removed)?;
+    }
+    Ok(())
+}
+
+fn print_removed(out: &mut dyn Write, removed: &Removed) -> Result<()> {
+    for name in &removed.untagged {
+        writeln!(out, "Untagged: {name}")?;
+    }
+    for id in &removed.deleted {
+        writeln!(out, "Deleted: {id}")?;
     }
     Ok(())
 }

@@ -3,10 +3,11 @@
 
 use super::archive::{Archive, Opened};
 use super::digest::{Hasher, hex};
-use super::error::{ImageError, Result};
+use super::error::{ImageError, Result, printable};
 use super::limits::Limits;
 use super::name::Name;
-use oci_spec::image::{Arch, Descriptor, ImageIndex, ImageManifest, MediaType, Os};
+use oci_spec::image::{Arch, Descriptor, ImageIndex, ImageManifest, Os};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -17,7 +18,7 @@ const ANNOTATION_REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// Marks buildkit's attestations, which are no images.
 const ANNOTATION_REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 /// Indexes inside indexes.
-const DEEPEST_INDEX: usize = 4;
+pub const DEEPEST_INDEX: usize = 4;
 
 /// How a container of an image starts, unless its user says otherwise.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,6 +109,20 @@ impl Configuration {
             hex(diff_id)?;
         }
         Ok(configuration)
+    }
+
+    /// Checks that there is a blob for each layer.
+    ///
+    /// # Errors
+    /// [`ImageError::Archive`] when there are more or fewer.
+    pub fn check_layers(&self, given: usize) -> Result<()> {
+        let named = self.diff_ids().len();
+        if named != given {
+            return Err(ImageError::Archive(format!(
+                "its configuration names {named} layers, and {given} are given"
+            )));
+        }
+        Ok(())
     }
 
     /// The digests of the layers' uncompressed tars, from the bottom.
@@ -296,6 +311,77 @@ fn find_oci(
     }
 }
 
+/// A document that a reference can lead to.
+pub enum Document {
+    /// One image.
+    Manifest(Box<ImageManifest>),
+    /// Images, as a rule one for each platform.
+    Index(Box<ImageIndex>),
+}
+
+impl Document {
+    /// Reads a document by its content alone.
+    ///
+    /// # Errors
+    /// [`ImageError::Archive`] for anything else, and for one that could be read as
+    /// either: two programs would see two images under one digest (CVE-2021-41190).
+    pub fn parse(bytes: &[u8]) -> Result<Document> {
+        #[derive(Deserialize)]
+        struct Shape {
+            manifests: Option<IgnoredAny>,
+            layers: Option<IgnoredAny>,
+            #[serde(rename = "fsLayers")]
+            old_layers: Option<IgnoredAny>,
+        }
+        let shape: Shape = parse("an image manifest", bytes)?;
+        let unusable = |reason: &str| Err(ImageError::Archive(reason.to_owned()));
+        match (shape.manifests, shape.layers, shape.old_layers) {
+            (Some(_), None, None) => parse("an image index", bytes).map(Document::Index),
+            (None, Some(_), None) => parse("an image manifest", bytes).map(Document::Manifest),
+            (None, None, Some(_)) => unusable("its manifest is of docker's schema 1 of 2014"),
+            (None, None, None) => unusable("a document that is neither manifest nor index"),
+            _ => unusable("a document that is manifest and index at once"),
+        }
+    }
+}
+
+/// Whether a descriptor of an index is of an image.
+///
+/// # Errors
+/// [`ImageError::Platform`] when it is of one that cannot run here.
+pub fn leads_here(descriptor: &Descriptor) -> Result<bool> {
+    if annotation(descriptor, ANNOTATION_REFERENCE_TYPE).is_some() {
+        return Ok(false);
+    }
+    match descriptor.platform() {
+        Some(platform)
+            if *platform.os() != Os::Linux || *platform.architecture() != Arch::Amd64 =>
+        {
+            let named = format!("{}/{}", platform.os(), platform.architecture());
+            Err(ImageError::Platform(printable(named.as_bytes())))
+        }
+        _ => Ok(true),
+    }
+}
+
+/// Holds a manifest against the bounds, before anything that it names is read.
+///
+/// # Errors
+/// [`ImageError::Limit`].
+pub fn check_manifest(manifest: &ImageManifest, limits: &Limits) -> Result<()> {
+    let count = manifest.layers().len();
+    if count > limits.layers {
+        return Err(ImageError::Limit(format!(
+            "the image has {count} layers, and {} is the most",
+            limits.layers
+        )));
+    }
+    let sizes = manifest.layers().iter().map(Descriptor::size);
+    let total = sizes.fold(0, u64::saturating_add);
+    // No layer grows by compression, but for its header.
+    limits.check_unpacked(u64::MAX, total)
+}
+
 /// The manifest that a descriptor leads to, through indexes to linux/amd64; `None`
 /// for what is no image.
 fn choose(
@@ -304,31 +390,19 @@ fn choose(
     limits: &Limits,
     depth: usize,
 ) -> Result<Option<Vec<u8>>> {
-    if annotation(descriptor, ANNOTATION_REFERENCE_TYPE).is_some() {
+    if !leads_here(descriptor)? {
         return Ok(None);
     }
-    if let Some(platform) = descriptor.platform()
-        && (*platform.os() != Os::Linux || *platform.architecture() != Arch::Amd64)
-    {
-        return Err(ImageError::Platform(format!(
-            "{}/{}",
-            platform.os(),
-            platform.architecture()
-        )));
-    }
     let bytes = blob(archive, descriptor, limits)?;
-    let is_index = *descriptor.media_type() == MediaType::ImageIndex
-        || descriptor.media_type().as_ref()
-            == "application/vnd.docker.distribution.manifest.list.v2+json";
-    if !is_index {
-        return Ok(Some(bytes));
-    }
+    let index = match Document::parse(&bytes)? {
+        Document::Manifest(_) => return Ok(Some(bytes)),
+        Document::Index(index) => index,
+    };
     if depth == 0 {
         return Err(ImageError::Limit(
             "an image index too deep in others".to_owned(),
         ));
     }
-    let index: ImageIndex = parse("an image index", &bytes)?;
     let mut platforms = Vec::new();
     for inner in index.manifests() {
         match choose(archive, inner, limits, depth - 1) {
@@ -344,13 +418,7 @@ fn choose(
 
 fn manifest_to_found(archive: &Archive, bytes: Vec<u8>, limits: &Limits) -> Result<Found> {
     let manifest: ImageManifest = parse("an image manifest", &bytes)?;
-    if manifest.layers().len() > limits.layers {
-        return Err(ImageError::Limit(format!(
-            "the image has {} layers, and {} is the most",
-            manifest.layers().len(),
-            limits.layers
-        )));
-    }
+    check_manifest(&manifest, limits)?;
     let config = blob(archive, manifest.config(), limits)?;
     // Refuse another platform before looking at the layers, which may not be there.
     Configuration::parse(&config, limits)?;
@@ -402,7 +470,11 @@ fn oci_names(descriptor: &Descriptor) -> Result<Vec<Name>> {
     let name = annotation(descriptor, ANNOTATION_IMAGE_NAME).or_else(|| {
         annotation(descriptor, ANNOTATION_REF_NAME).filter(|name| name.contains([':', '/']))
     });
-    name.map(Name::parse).into_iter().collect()
+    // containerd writes digests there too, of images that have no tag.
+    name.filter(|name| !name.contains('@'))
+        .map(Name::parse)
+        .into_iter()
+        .collect()
 }
 
 fn names(tags: &[String]) -> Result<Vec<Name>> {

@@ -2,12 +2,12 @@
 
 use std::io;
 
-/// Why an image could not be loaded, found or removed. Each message is one line;
+/// Why an image could not be had, found, given away or removed. Each message is one line;
 /// the cause, where there is one, is the source.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The store has no image of this name or id.
-    #[error("no such image: {0} (load it with `vm-run image load`)")]
+    #[error("no such image: {0} (get it with `vm-run image pull` or `vm-run image load`)")]
     NoSuchImage(String),
     /// An id prefix fits several images.
     #[error("{0} is the beginning of more than one image id: give more of it")]
@@ -53,6 +53,48 @@ pub enum ImageError {
     /// A file changed while an image was made of it.
     #[error("{0} changed while it was read: try again")]
     Changed(String),
+    /// An instruction that `image import` does not know, or cannot read.
+    #[error("the change {change:?} is refused: {reason}")]
+    Change {
+        /// As given.
+        change: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// The registry does not show the image to this user, which is all that it says
+    /// of one that it does not have.
+    #[error(
+        "{registry} has no such image, or not for you (log in with --username and \
+         --password-stdin, or in docker's config.json)"
+    )]
+    Denied {
+        /// Its host and port.
+        registry: String,
+    },
+    /// The registry answers what it should not, or that it will not.
+    #[error("the registry {registry}: {reason}")]
+    Registry {
+        /// Its host and port.
+        registry: String,
+        /// What it said, made printable.
+        reason: String,
+    },
+    /// The registry cannot be reached, or the connection broke too often.
+    #[error("cannot reach {registry}: {reason}")]
+    Network {
+        /// Its host and port.
+        registry: String,
+        /// What failed.
+        reason: String,
+    },
+    /// What docker's config.json says of a registry cannot be used.
+    #[error("{file}: {reason}")]
+    Credentials {
+        /// The file.
+        file: String,
+        /// Why not.
+        reason: String,
+    },
     /// The store's own files are not as this program left them.
     #[error("the image store is damaged: {0}")]
     Store(String),

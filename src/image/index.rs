@@ -2,7 +2,7 @@
 //! replaced as a whole under a lock.
 
 use super::error::{Context, ImageError, Result};
-use super::name::Name;
+use super::reference::{Reference, by_digest};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Write;
@@ -34,6 +34,17 @@ pub struct Record {
     pub chain_id: String,
     /// Full names.
     pub names: Vec<String>,
+    /// What registries call it: `DOMAIN/PATH@sha256:HEX`, of the manifest or of the
+    /// index that led to it.
+    #[serde(default)]
+    pub digests: Vec<String>,
+}
+
+impl Record {
+    /// The digests of all its blobs.
+    pub fn blobs(&self) -> impl Iterator<Item = &String> {
+        self.layers.iter().chain([&self.config, &self.manifest])
+    }
 }
 
 impl Index {
@@ -97,12 +108,18 @@ impl Index {
             .iter_mut()
             .find(|other| other.config == record.config)
         {
-            Some(known) => known.names.extend(record.names),
+            Some(known) => {
+                known.names.extend(record.names);
+                known
+                    .digests
+                    .retain(|digest| !record.digests.contains(digest));
+                known.digests.extend(record.digests);
+            }
             None => self.images.push(record),
         }
     }
 
-    /// The image of a name, an id, or an unambiguous prefix of an id.
+    /// The image of a name, a digest, an id, or an unambiguous prefix of an id.
     ///
     /// # Errors
     /// [`ImageError::NoSuchImage`] and [`ImageError::Ambiguous`].
@@ -127,12 +144,17 @@ impl Index {
         }
     }
 
-    /// The image of a name.
+    /// The image of a name, or of a digest in a repository.
     pub fn find_name(&self, wanted: &str) -> Option<&Record> {
-        let name = Name::parse(wanted).ok()?.to_string();
-        self.images
-            .iter()
-            .find(|record| record.names.contains(&name))
+        let reference = Reference::parse(wanted).ok()?;
+        let by_tag = reference.name.to_string();
+        let by_digest = reference
+            .digest
+            .map(|digest| by_digest(&reference.name, &digest));
+        self.images.iter().find(|record| match &by_digest {
+            Some(digest) => record.digests.contains(digest),
+            None => record.names.contains(&by_tag),
+        })
     }
 }
 
@@ -162,6 +184,7 @@ pub fn sync_directory(directory: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::name::Name;
 
     fn record(id: &str, names: &[&str]) -> Record {
         Record {
@@ -173,6 +196,7 @@ mod tests {
                 .iter()
                 .map(|name| Name::parse(name).unwrap().to_string())
                 .collect(),
+            digests: Vec::new(),
         }
     }
 
@@ -186,6 +210,24 @@ mod tests {
         index.enter(record("aa11", &["a"]));
         assert_eq!(index.images.len(), 2);
         assert_eq!(index.find("a").unwrap().config, "sha256:aa11");
+    }
+
+    #[test]
+    fn a_digest_is_found_in_its_repository_whatever_the_tag() {
+        let digest = format!("sha256:{}", "0b".repeat(32));
+        let mut index = Index::default();
+        let full = format!("docker.io/library/a@{digest}");
+        for _ in 0..2 {
+            index.enter(Record {
+                digests: vec![full.clone()],
+                ..record("aa11", &["a"])
+            });
+        }
+        assert_eq!(index.images[0].digests, [full]);
+        for typed in [format!("a@{digest}"), format!("a:other@{digest}")] {
+            assert_eq!(index.find(&typed).unwrap().config, "sha256:aa11");
+        }
+        assert!(index.find(&format!("b@{digest}")).is_err());
     }
 
     #[test]

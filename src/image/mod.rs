@@ -7,6 +7,7 @@
 //! tree      names and metadata in memory; contents stay put    (hostdir: from a directory)
 //! erofs     tree -> file system image
 //! store     blobs, names, images; shared by processes
+//! registry  the same from and to a registry
 //! ```
 //!
 //! An archive is a stranger's: every size, count and depth in it is held against
@@ -14,6 +15,10 @@
 //! the host's file system.
 
 mod archive;
+// A fuzzer has no network and no command line: it builds neither.
+#[cfg(not(fuzzing))]
+mod changes;
+#[cfg(not(fuzzing))]
 pub mod cli;
 mod content;
 mod digest;
@@ -28,6 +33,9 @@ mod layer;
 mod limits;
 mod merge;
 mod name;
+mod reference;
+#[cfg(not(fuzzing))]
+mod registry;
 mod store;
 mod tarball;
 mod tree;

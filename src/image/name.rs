@@ -31,7 +31,7 @@ impl Name {
         };
         if text.contains('@') {
             return Err(bad(
-                "names with a digest are not supported, give a tag or an image id",
+                "a digest names content, and cannot be given to an image",
             ));
         }
         let (repository, tag) = match text.rsplit_once(':') {
@@ -72,6 +72,21 @@ impl Name {
             path,
             tag: tag.to_owned(),
         })
+    }
+
+    /// The registry's host, and perhaps its port.
+    pub fn domain(&self) -> &str {
+        &self.domain
+    }
+
+    /// The repository's path in its registry.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The tag.
+    pub fn tag(&self) -> &str {
+        &self.tag
     }
 
     /// The repository as docker shows it: without the parts that are default.

@@ -75,6 +75,13 @@ impl Entry {
         }
     }
 
+    pub fn block_device(path: &str, major: u32, minor: u32) -> Entry {
+        Entry {
+            device: (major, minor),
+            ..Entry::new(EntryType::Block, path)
+        }
+    }
+
     pub fn fifo(path: &str) -> Entry {
         Entry::new(EntryType::Fifo, path)
     }

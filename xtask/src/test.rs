@@ -24,8 +24,14 @@ pub struct Args {
 
 /// Runs them.
 pub fn run(args: &Args) -> Result<()> {
-    // What the tests look at images and disks with.
-    host::apt_install(&["busybox-static", "erofs-utils", "e2fsprogs"])?;
+    // What the tests look at images and disks with, and what they pull from.
+    host::apt_install(&[
+        "busybox-static",
+        "docker-registry",
+        "e2fsprogs",
+        "erofs-utils",
+        "openssl",
+    ])?;
     if args.guest.is_none() {
         step("the host's side");
         host::run(&mut cargo(&["test", "--locked", "--workspace"]))?;
