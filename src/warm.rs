@@ -2,16 +2,15 @@
 //! template, and frozen when it says that it is warm. docs/warm.md tells how.
 
 use crate::args::size;
-use crate::image::{ImageConfig, Store};
+use crate::image::{Access, ImageConfig, PullPolicy, Store, obtain};
 use crate::stdio::{self, Copies};
 use crate::templates::{self, MachineArgs};
 use crate::workers::{self, JailArgs};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use fork::{
     Child, ContainerSpec, Disks, Error, ForkSpec, Host, Place, Pool, ProcessSpec, StartFailure,
     Stream, Template, Writable,
 };
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,9 +50,9 @@ pub fn build(
     root: &Path,
 ) -> Result<Template> {
     let workers = workers::start_aloud(args.jail)?;
-    let found = Store::open(root)?.resolve(image)?;
-    let rootfs = File::open(&found.rootfs)
-        .with_context(|| format!("cannot open {}", found.rootfs.display()))?;
+    let store = Store::open(root)?;
+    let found = obtain(&store, image, PullPolicy::Missing, &Access::default())?;
+    let rootfs = found.open_rootfs()?;
     let host = Arc::new(Host::open()?);
     let bare = templates::default_for(root, host, machine, domain)?;
     let pool = Pool::new(Arc::new(bare), Place::Workers(workers), 0)?;

@@ -33,6 +33,8 @@ mod layer;
 mod limits;
 mod merge;
 mod name;
+#[cfg(not(fuzzing))]
+mod obtain;
 mod reference;
 #[cfg(not(fuzzing))]
 mod registry;
@@ -41,4 +43,8 @@ mod tarball;
 mod tree;
 
 pub use documents::ImageConfig;
+#[cfg(not(fuzzing))]
+pub use obtain::{PullPolicy, obtain};
+#[cfg(not(fuzzing))]
+pub use registry::Access;
 pub use store::{Store, rootfs_from_dir};

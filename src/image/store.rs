@@ -47,6 +47,8 @@ pub use enter::Parts;
 #[cfg(not(fuzzing))]
 pub use import::Import;
 pub use remove::Removed;
+#[cfg(not(fuzzing))]
+pub use resolve::Image;
 pub use save::Format;
 
 /// The folders that hold files.

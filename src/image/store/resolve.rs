@@ -22,6 +22,20 @@ pub struct Image {
     pub rootfs: PathBuf,
 }
 
+impl Image {
+    /// Opens the root file system, and marks it as used for as long as the file, or
+    /// a duplicate of it in another process, is open: `image prune -a` passes over it.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`].
+    pub fn open_rootfs(&self) -> Result<File> {
+        let shown = || format!("open {}", self.rootfs.display());
+        let file = File::open(&self.rootfs).context(shown)?;
+        file.lock_shared().context(shown)?;
+        Ok(file)
+    }
+}
+
 impl Store {
     /// The image of a name, an id, or an unambiguous prefix of an id. Its root file
     /// system is made again if it was lost or is of an older version.
