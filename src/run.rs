@@ -6,7 +6,7 @@ mod warm;
 use crate::args::size;
 use crate::container::cli::{Session, attend};
 use crate::container::{Engine, Layer, LogLimits, RestartPolicy, Spec, parse_signal, set_env};
-use crate::image::{self, ImageConfig, Store};
+use crate::image::{self, Access, ImageConfig, PullPolicy, Store};
 use crate::templates::{self, MachineArgs};
 use crate::workers::JailArgs;
 use anyhow::{Context, Result, bail};
@@ -87,6 +87,9 @@ pub struct CreateArgs {
     /// A directory or a file-system image (erofs, ext4) in the place of IMAGE
     #[arg(long, value_name = "PATH")]
     rootfs: Option<PathBuf>,
+    /// When to pull IMAGE from its registry
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+    pull: PullPolicy,
     /// IMAGE [COMMAND [ARG...]], or with --rootfs only the command
     #[arg(
         trailing_var_arg = true,
@@ -227,7 +230,7 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
                 .words
                 .split_first()
                 .context("no IMAGE: name one, or give --rootfs PATH")?;
-            let image = store.resolve(name)?;
+            let image = image::obtain(&store, name, args.pull, &Access::default())?;
             log::info!("{name} is {}", image.id);
             spec.image = name.clone();
             spec.image_id = Some(image.id);
