@@ -103,6 +103,7 @@ fn build(host: Arc<Host>, place: &Place, guest: &Path, rootfs: &Path) -> Result<
     let container = ContainerSpec {
         writable: Writable::Memory { limit: 16 << 20 },
         warm: true,
+        kept: false,
     };
     let python = ProcessSpec {
         args: ["python3", "-c", PROGRAM].map(String::from).into(),

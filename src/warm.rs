@@ -70,6 +70,7 @@ pub fn build(
             limit: args.writable_memory.unwrap_or(machine.memory / 2),
         },
         warm: true,
+        kept: false,
     };
     let mut process = match child.start(container, process(&found.config, line)) {
         Err(Error::Start { reason, .. }) if is_line(line) && reason == StartFailure::NotFound => {

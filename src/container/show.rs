@@ -208,6 +208,7 @@ pub fn stats(rows: &[(Record, Stats)], as_json: bool, out: &mut impl Write) -> R
                     "GuestPrivateKiB": stats.guest_private,
                     "PrivateKiB": stats.private,
                     "PssKiB": stats.pss,
+                    "RootMappedKiB": stats.root_mapped,
                     "CpuMicroseconds": stats.cpu_us,
                 })
             })

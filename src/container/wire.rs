@@ -135,6 +135,9 @@ pub struct Stats {
     pub private: u64,
     /// Its proportional set size, in KiB.
     pub pss: u64,
+    /// What it has touched of its root image, shared through the host's page cache, in
+    /// KiB; `None` if it reads the image from its disk.
+    pub root_mapped: Option<u64>,
     /// Processor time of its worker, in microseconds.
     pub cpu_us: u64,
 }

@@ -226,6 +226,7 @@ pub fn start_shell(child: &mut Child, script: &str) -> std::os::unix::net::UnixS
     let container = ContainerSpec {
         writable: Writable::Memory { limit },
         warm: false,
+        kept: false,
     };
     let process = child.start(container, process).expect("starts");
     process.stdout.expect("was asked for")

@@ -67,6 +67,7 @@ fn template() -> Arc<Template> {
         let on = |writable| ContainerSpec {
             writable,
             warm: true,
+            kept: false,
         };
         let streams = [Stream::Stdin, Stream::Stdout];
         let python = process(&["python3", "-c", EVALUATOR], &streams);

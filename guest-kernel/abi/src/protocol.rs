@@ -211,6 +211,9 @@ pub struct ContainerSpec {
     /// Whether the container will say when it is warm: it finds the socket and the
     /// helper program of docs/warm.md under `/run/vm-run`.
     pub warm: bool,
+    /// Whether its disk outlives it: then all that it wrote is there before the host
+    /// hears that it has ended.
+    pub kept: bool,
 }
 
 /// The writable layer of a container.

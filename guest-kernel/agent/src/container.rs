@@ -41,6 +41,8 @@ pub struct Container {
     processes: BTreeMap<ProcessId, Process>,
     /// The ids that were asked for: each stands for one process.
     used: BTreeSet<ProcessId>,
+    /// Whether its disk outlives it.
+    is_kept: bool,
     /// The first process by its pidfd, the way into its namespaces.
     entrance: Option<OwnedFd>,
 }
@@ -53,6 +55,7 @@ impl Container {
             wanted: BTreeMap::new(),
             processes: BTreeMap::new(),
             used: BTreeSet::new(),
+            is_kept: false,
             entrance: None,
         }
     }
@@ -115,6 +118,7 @@ impl Container {
     fn spawn(&mut self, wanted: &Wanted, resources: &Resources) -> Result<Spawned, SpawnError> {
         let Wanted { container, process } = wanted;
         if let Some(container) = container {
+            self.is_kept = container.kept;
             return match self.prepared.take() {
                 Some(prepared) => Ok(prepared.start(container, process)?),
                 None => Err(Failure::other("the container was started before").into()),
@@ -152,6 +156,11 @@ impl Container {
         let mut all = self.processes.iter();
         all.find(|(_, process)| process.pid() == pid)
             .map(|(id, _)| *id)
+    }
+
+    /// Whether its disk outlives it.
+    pub fn is_kept(&self) -> bool {
+        self.is_kept
     }
 
     /// Whether it has its first process.

@@ -62,12 +62,10 @@ fn live() -> Result<(), String> {
             .become_child(generation)
             .map_err(|e| format!("the container cannot be made a child: {e}"))?;
         let served = server.run();
-        // What the container wrote to a disk of its own is to be there next time,
-        // and is not for each child to write anew.
-        rustix::fs::sync();
         match served.map_err(|e| format!("the event loop failed: {e}"))? {
             Done::Over => return Ok(()),
-            Done::Frozen => {}
+            // What can be written now is not for each child to write.
+            Done::Frozen => rustix::fs::sync(),
         }
     }
 }

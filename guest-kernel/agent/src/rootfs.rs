@@ -256,8 +256,10 @@ fn mount_layer(disks: &Disks, writable: &Writable, target: &str) -> Result<(), S
                 return Err(format!("{disk} is to be written and holds no ext4"));
             }
             // A layer may live for a second: no thread zeroes its inode tables, or
-            // reads the bitmaps of all its block groups ahead.
-            let options = c"noinit_itable,no_prefetch_block_bitmaps";
+            // reads the bitmaps of all its block groups ahead; and none of the tables
+            // around an inode is read with it, or kept for attributes that are equal.
+            let options =
+                c"noinit_itable,no_prefetch_block_bitmaps,inode_readahead_blks=0,nombcache";
             return mount(disk, target, "ext4", MountFlags::NOATIME, options);
         }
     };

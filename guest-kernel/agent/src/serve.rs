@@ -475,6 +475,10 @@ impl Server {
         }
         if id == CONTAINER {
             self.first_has_ended();
+            if self.container.is_kept() {
+                // Whoever hears of the end may cut the power.
+                rustix::fs::sync();
+            }
         }
         if let Some(process) = self.container.take(id) {
             self.tell(id, &process.ended(status));

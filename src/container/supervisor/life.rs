@@ -155,6 +155,7 @@ impl Mother {
                         Layer::Nothing => Writable::Nothing,
                     },
                     warm: false,
+                    kept: self.spec.writable == Layer::Disk && !self.spec.auto_remove,
                 };
                 child.start(container, first_process(&self.spec, window))?
             }
@@ -350,6 +351,7 @@ impl Life {
             guest_private: stats.guest_private,
             private: stats.private,
             pss: stats.pss,
+            root_mapped: stats.root_mapped,
             cpu_us: stats.cpu_us,
         })
     }

@@ -30,13 +30,17 @@ use vm_run_abi::PAGE_SIZE;
 /// - `?hash_entries`: tables as large as the memory suggests give a child a page of
 ///   its own for nearly each name that it looks up.
 ///
+/// - `cgroup.memory=nokmem`: counting the kernel's memory by cgroup touches a page more
+///   for most slabs; a container's kernel memory is bounded by its guest.
+///
 /// docs/kernel.md shows this line.
 const CMDLINE_BASE: &str = "console=ttyS0 quiet reboot=k panic=-1 \
      i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd \
      no_timer_check tsc=reliable random.trust_cpu=on cryptomgr.notests \
      rcupdate.rcu_expedited=1 swiotlb=noforce 8250.nr_uarts=1 dummy.numdummies=0 \
      sysctl.vm.compaction_proactiveness=0 slab_max_order=0 \
-     dhash_entries=4096 ihash_entries=2048 mhash_entries=512 mphash_entries=512";
+     dhash_entries=4096 ihash_entries=2048 mhash_entries=512 mphash_entries=512 \
+     cgroup.memory=nokmem";
 
 /// XLF_KERNEL_64 of `xloadflags`: the image has the 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;

@@ -375,6 +375,7 @@ pub fn process(args: &[&str]) -> (ContainerSpec, ProcessSpec) {
     let container = ContainerSpec {
         writable: Writable::Memory { limit: 16 << 20 },
         warm: false,
+        kept: false,
     };
     let process = ProcessSpec {
         args: args.iter().map(|arg| (*arg).to_owned()).collect(),
