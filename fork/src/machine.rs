@@ -145,7 +145,7 @@ pub(crate) struct Local {
 #[derive(Debug)]
 pub(crate) enum Machine {
     /// In this process.
-    Here(Local),
+    Here(Box<Local>),
     /// In a process of its own.
     Worker(Remote),
 }

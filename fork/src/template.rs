@@ -330,7 +330,7 @@ impl Template {
 
     fn child_here(&self, vm: Vm, unborn: Unborn, path: ForkPath) -> Child {
         let mailbox = unborn.mailbox;
-        let machine = Machine::Here(Local { vm, mailbox });
+        let machine = Machine::Here(Box::new(Local { vm, mailbox }));
         let info = Arc::clone(&self.info);
         Child::new(
             machine,
