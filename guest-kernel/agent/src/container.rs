@@ -45,6 +45,8 @@ pub struct Container {
     is_kept: bool,
     /// The first process by its pidfd, the way into its namespaces.
     entrance: Option<OwnedFd>,
+    /// What keeps its file systems to the end of the guest.
+    mounts: Option<OwnedFd>,
 }
 
 impl Container {
@@ -57,6 +59,7 @@ impl Container {
             used: BTreeSet::new(),
             is_kept: false,
             entrance: None,
+            mounts: None,
         }
     }
 
@@ -106,6 +109,7 @@ impl Container {
                 let pipes = std::mem::take(&mut spawned.pipes);
                 if id == CONTAINER {
                     self.entrance = spawned.pidfd.take();
+                    self.mounts = spawned.mounts.take();
                 }
                 self.processes.insert(id, Process::new(id, spawned));
                 Ok(Start::Begun(pipes))

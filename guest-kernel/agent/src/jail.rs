@@ -22,6 +22,10 @@ use std::path::Path;
 #[derive(Debug)]
 pub struct System {
     names: Names,
+    /// A copy of all, to be held by the agent: the end of a container takes its mounts
+    /// away, and the last mount of a file system takes that apart, when the guest is
+    /// about to end anyway.
+    pub copy: OwnedFd,
     /// Each with the place where it goes.
     directories: [(&'static str, OwnedFd); 3],
     files: [(&'static str, OwnedFd); 2],
@@ -56,6 +60,7 @@ impl System {
         protect_system()?;
         let system = Self {
             names,
+            copy: take("")?,
             directories: [
                 ("/proc", take("/proc")?),
                 ("/dev", take("/dev")?),

@@ -55,21 +55,19 @@ impl Prepared {
             spawn::in_child(&reporter, || live(resources, &reporter, &told, stdio));
         };
         drop((reporter, told, stdio));
-        match report::await_report(reports.as_fd()) {
-            Ok(Report::Prepared) => {}
+        let lost = |why: &str| Failure::other(format!("a container's process is lost: {why}"));
+        let mounts = match report::await_report(reports.as_fd()) {
+            Ok(Report::Prepared(mounts)) => mounts,
             Ok(Report::Failed(failure)) => return Err(failure),
-            Ok(_) => return Err(Failure::other("a container's process ends at once")),
-            Err(e) => {
-                return Err(Failure::other(format!(
-                    "a container's process is lost: {e}"
-                )));
-            }
-        }
+            Ok(_) => return Err(lost("it has ended")),
+            Err(e) => return Err(lost(&e.to_string())),
+        };
         let process = Spawned {
             pid,
             pidfd: Some(pidfd),
             reports,
             pipes,
+            mounts: Some(mounts),
         };
         Ok(Self { process, orders })
     }
@@ -113,7 +111,8 @@ fn live(
     rootfs::make_mount_points()?;
     let system = System::prepare()?;
     settle().map_err(|e| step("lock memory", &e))?;
-    reporter.prepared().map_err(|e| step("report", &e))?;
+    let sent = reporter.prepared(&system.copy);
+    sent.map_err(|e| step("report", &e))?;
 
     // The fork point is here.
     let (container, process): (ContainerSpec, ProcessSpec) = match Reader::new(MAX_FRAME).next(told)

@@ -85,7 +85,7 @@ impl Process {
                     happened.push(Happened::Warm(listener, names));
                 }
                 // It has been waited for.
-                Some(Report::Prepared) => {}
+                Some(Report::Prepared(_)) => {}
                 Some(Report::Ready) => starting.ready = true,
                 Some(Report::Failed(failure)) => starting.failure = Some(failure),
                 Some(Report::End) if starting.ready && starting.failure.is_none() => {

@@ -19,7 +19,8 @@ use vm_run_abi::protocol::StartFailure;
 #[derive(Debug)]
 pub enum Report {
     /// The container's first process waits for its program; see [`crate::prepared`].
-    Prepared,
+    /// A copy of its mounts.
+    Prepared(OwnedFd),
     /// The terminal: master and slave side.
     Terminal(OwnedFd, OwnedFd),
     /// The warm socket, which listens, and the files with the hostname.
@@ -60,8 +61,8 @@ pub fn channel() -> Result<(OwnedFd, Reporter), Errno> {
 
 impl Reporter {
     /// [`Report::Prepared`]
-    pub fn prepared(&self) -> Result<(), Errno> {
-        self.send(PREPARED, &[], &[])
+    pub fn prepared(&self, mounts: &OwnedFd) -> Result<(), Errno> {
+        self.send(PREPARED, &[], &[mounts.as_fd()])
     }
 
     /// [`Report::Terminal`]
@@ -142,7 +143,7 @@ pub fn next_report(reports: BorrowedFd<'_>) -> io::Result<Option<Report>> {
     let descriptors = [descriptors.next(), descriptors.next(), descriptors.next()];
     Ok(Some(match (bytes[..len].split_first(), descriptors) {
         (None, _) => Report::End,
-        (Some((&PREPARED, [])), _) => Report::Prepared,
+        (Some((&PREPARED, [])), [Some(mounts), None, None]) => Report::Prepared(mounts),
         (Some((&TERMINAL, [])), [Some(master), Some(slave), None]) => {
             Report::Terminal(master, slave)
         }

@@ -56,6 +56,8 @@ pub struct Spawned {
     pub reports: OwnedFd,
     /// The agent's ends of its pipes, which do not block.
     pub pipes: Vec<(Stream, OwnedFd)>,
+    /// Of the container's first process: [`crate::jail::System::copy`].
+    pub mounts: Option<OwnedFd>,
 }
 
 /// Why there is no new process.
@@ -111,6 +113,7 @@ fn spawn_beside(
         pidfd: Some(pidfd),
         reports,
         pipes,
+        mounts: None,
     })
 }
 
