@@ -137,11 +137,13 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
         .transpose()?;
     let record = engine.create(args.create.name.clone(), spec)?;
     let Some(session) = session else {
-        engine.start(&record, None)?;
+        engine
+            .start(&record, None)
+            .inspect_err(|_| engine.clean_up(&record))?;
         writeln!(std::io::stdout(), "{}", record.id)?;
         return Ok(0);
     };
-    let ended = attend(&engine, &record, session)?;
+    let ended = attend(&engine, &record, session).inspect_err(|_| engine.clean_up(&record))?;
     if let Some(path) = &args.stages {
         let json =
             crate::bench::stages_json(asked, &ended.stages, ended.first_output, Moment::now());

@@ -271,6 +271,17 @@ impl Engine {
         self.store.remove(&record.id)
     }
 
+    /// After a start that failed: removes a container that is to be removed when it
+    /// ends, if its supervisor has not.
+    pub fn clean_up(&self, record: &Record) {
+        if record.spec.auto_remove
+            && self.store.has_id(&record.id).unwrap_or(false)
+            && let Err(error) = self.remove(record, true)
+        {
+            log::warn!("{error:#}");
+        }
+    }
+
     fn remove_directory(&self, record: &Record) -> Result<()> {
         let directory = self.directory(record);
         if !directory.exists() {

@@ -82,6 +82,17 @@ fn a_killed_supervisor_takes_its_container_along_and_the_record_says_so() {
     ];
     let begun = Call::run_to_keep(root, &args).end();
     assert_eq!(begun.status, 0, "{begun}");
+    let deadline = Instant::now() + PATIENCE;
+    // The file is there, and the next process runs: it was synced.
+    let script = "test -f /kept && pgrep sleep";
+    while Call::vm_run_in(root, &["exec", "c", "sh", "-c", script])
+        .end()
+        .status
+        != 0
+    {
+        assert!(Instant::now() < deadline, "the container does not begin");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     for pid in processes_over(root) {
         let pid = rustix::process::Pid::from_raw(pid as i32).expect("a pid");
         rustix::process::kill_process(pid, Signal::KILL).expect("killed");

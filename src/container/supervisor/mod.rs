@@ -230,7 +230,8 @@ impl Supervisor {
             .as_ref()
             .map_or_else(exit_status, |ended| ended.status);
         let has_begun = ended.is_ok();
-        self.shared.change(|state| {
+        // Whoever waits is told even if the disk is full.
+        let written = self.shared.change(|state| {
             state.supervisor = None;
             state.exit_code = status;
             if has_begun {
@@ -241,7 +242,7 @@ impl Supervisor {
                 Ok(ended) => ended.error.clone(),
                 Err(error) => one_line(error),
             };
-        })?;
+        });
         let removed = if self.shared.read(|record| record.spec.auto_remove) {
             self.shared
                 .forget()
@@ -262,7 +263,7 @@ impl Supervisor {
             }
         }
         self.farewells.wait();
-        removed
+        written.and(removed)
     }
 }
 
