@@ -74,7 +74,7 @@ fn a_killed_supervisor_takes_its_container_along_and_the_record_says_so() {
     let args = [
         "-d",
         "--name",
-        "c",
+        "kept",
         "busybox",
         "sh",
         "-c",
@@ -85,7 +85,7 @@ fn a_killed_supervisor_takes_its_container_along_and_the_record_says_so() {
     let deadline = Instant::now() + PATIENCE;
     // The file is there, and the next process runs: it was synced.
     let script = "test -f /kept && pgrep sleep";
-    while Call::vm_run_in(root, &["exec", "c", "sh", "-c", script])
+    while Call::vm_run_in(root, &["exec", "kept", "sh", "-c", script])
         .end()
         .status
         != 0
@@ -98,22 +98,22 @@ fn a_killed_supervisor_takes_its_container_along_and_the_record_says_so() {
         rustix::process::kill_process(pid, Signal::KILL).expect("killed");
     }
     wait_for_no_processes(root);
-    let waited = Call::vm_run_in(root, &["wait", "c"]).end();
+    let waited = Call::vm_run_in(root, &["wait", "kept"]).end();
     assert_eq!(
         (waited.status, waited.out()),
         (0, "137\n".into()),
         "{waited}"
     );
-    let inspected = Call::vm_run_in(root, &["inspect", "c"]).end();
+    let inspected = Call::vm_run_in(root, &["inspect", "kept"]).end();
     assert!(
         inspected.out().contains("its supervisor was killed"),
         "{inspected}"
     );
-    let next = Call::vm_run_in(root, &["start", "c"]).end();
+    let next = Call::vm_run_in(root, &["start", "kept"]).end();
     assert_eq!(next.status, 0, "{next}");
-    let kept = Call::vm_run_in(root, &["exec", "c", "ls", "/kept"]).end();
+    let kept = Call::vm_run_in(root, &["exec", "kept", "ls", "/kept"]).end();
     assert_eq!((kept.status, kept.out()), (0, "/kept\n".into()), "{kept}");
-    let removed = Call::vm_run_in(root, &["rm", "-f", "c"]).end();
+    let removed = Call::vm_run_in(root, &["rm", "-f", "kept"]).end();
     assert_eq!(removed.status, 0, "{removed}");
     wait_for_no_processes(root);
     assert_eq!(containers(root), 0);

@@ -244,9 +244,10 @@ impl Supervisor {
             };
         });
         let removed = if self.shared.read(|record| record.spec.auto_remove) {
-            self.shared
-                .forget()
-                .and_then(|()| directory.remove(ownership))
+            // The directory first: on a full disk that makes room for the rest.
+            directory
+                .remove(ownership)
+                .and_then(|()| self.shared.forget())
         } else {
             drop(ownership);
             Ok(())
