@@ -103,15 +103,13 @@ fn build(host: Arc<Host>, place: &Place, guest: &Path, rootfs: &Path) -> Result<
     let container = ContainerSpec {
         writable: Writable::Memory { limit: 16 << 20 },
         warm: true,
-        kept: false,
+        ..ContainerSpec::default()
     };
     let python = ProcessSpec {
         args: ["python3", "-c", PROGRAM].map(String::from).into(),
         env: vec!["PATH=/usr/local/bin:/usr/bin:/bin".into()],
-        cwd: "/".into(),
-        user: String::new(),
         streams: STREAMS.into(),
-        window: None,
+        ..ProcessSpec::default()
     };
     // Its streams stay open while it warms up.
     let _streams = parent.start(container, python)?;

@@ -70,7 +70,7 @@ pub fn build(
             limit: args.writable_memory.unwrap_or(machine.memory / 2),
         },
         warm: true,
-        kept: false,
+        ..ContainerSpec::default()
     };
     let mut process = match child.start(container, process(&found.config, line)) {
         Err(Error::Start { reason, .. }) if is_line(line) && reason == StartFailure::NotFound => {
@@ -110,7 +110,7 @@ fn process(config: &ImageConfig, line: &str) -> ProcessSpec {
         },
         user: config.user.clone(),
         streams: vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
-        window: None,
+        ..ProcessSpec::default()
     }
 }
 

@@ -131,16 +131,13 @@ fn a_child_has_few_pages_of_its_own_when_true_has_ended() {
         let mut child = fork(&template, false);
         let container = ContainerSpec {
             writable: writable.clone(),
-            warm: false,
-            kept: false,
+            ..ContainerSpec::default()
         };
         let process = ProcessSpec {
             args: vec!["true".into()],
             env: vec!["PATH=/bin:/sbin:/usr/bin:/usr/sbin".into()],
-            cwd: "/".into(),
-            user: String::new(),
             streams: vec![Stream::Stdout, Stream::Stderr],
-            window: None,
+            ..ProcessSpec::default()
         };
         let _streams = child.start(container, process).expect("starts");
         assert_eq!(child.wait().expect("ends").code(), 0);

@@ -217,16 +217,13 @@ pub fn start_shell(child: &mut Child, script: &str) -> std::os::unix::net::UnixS
     let process = ProcessSpec {
         args: ["sh", "-c", script].map(String::from).into(),
         env: vec!["PATH=/bin:/sbin:/usr/bin:/usr/sbin".into()],
-        cwd: "/".into(),
-        user: String::new(),
         streams: vec![Stream::Stdout],
-        window: None,
+        ..ProcessSpec::default()
     };
     let limit = 64 << 20;
     let container = ContainerSpec {
         writable: Writable::Memory { limit },
-        warm: false,
-        kept: false,
+        ..ContainerSpec::default()
     };
     let process = child.start(container, process).expect("starts");
     process.stdout.expect("was asked for")

@@ -43,10 +43,8 @@ fn process(args: &[&str], streams: &[Stream]) -> ProcessSpec {
     ProcessSpec {
         args: args.iter().map(|&word| word.to_owned()).collect(),
         env: vec!["PATH=/usr/bin:/bin".into(), "LANG=C.UTF-8".into()],
-        cwd: "/".into(),
-        user: String::new(),
         streams: streams.to_vec(),
-        window: None,
+        ..ProcessSpec::default()
     }
 }
 
@@ -67,7 +65,7 @@ fn template() -> Arc<Template> {
         let on = |writable| ContainerSpec {
             writable,
             warm: true,
-            kept: false,
+            ..ContainerSpec::default()
         };
         let streams = [Stream::Stdin, Stream::Stdout];
         let python = process(&["python3", "-c", EVALUATOR], &streams);

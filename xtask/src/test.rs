@@ -86,6 +86,9 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
     }));
     argv.push(test.into());
     argv.push("--test-threads=1".into());
+    // A test that fails says why when it does, not when all have ended: a run that is
+    // killed for its time would take that along.
+    argv.push("--nocapture".into());
     if !filter.is_empty() {
         argv.push(filter.into());
     }

@@ -204,7 +204,7 @@ pub struct WindowSize {
 }
 
 /// The file systems of a container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerSpec {
     /// What lies over the read-only image.
     pub writable: Writable,
@@ -217,7 +217,7 @@ pub struct ContainerSpec {
 }
 
 /// The writable layer of a container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Writable {
     /// The second disk, which holds an ext4.
     Disk,
@@ -227,18 +227,20 @@ pub enum Writable {
         limit: u64,
     },
     /// Nothing: the root file system is read-only.
+    #[default]
     Nothing,
 }
 
 /// A process to start in the container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessSpec {
     /// The command and its arguments; never empty. A command without a slash is
     /// looked for in the `PATH` of `env`.
     pub args: Vec<String>,
     /// `NAME=value`, each.
     pub env: Vec<String>,
-    /// The working directory; made if it is missing, as docker does.
+    /// The working directory, or empty for the root; made if it is missing, as docker
+    /// does.
     pub cwd: String,
     /// `USER[:GROUP]`, names or numbers, resolved in the image; empty for root.
     pub user: String,

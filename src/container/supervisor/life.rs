@@ -154,8 +154,8 @@ impl Mother {
                         Layer::Memory(limit) => Writable::Memory { limit },
                         Layer::Nothing => Writable::Nothing,
                     },
-                    warm: false,
                     kept: self.spec.writable == Layer::Disk && !self.spec.auto_remove,
+                    ..ContainerSpec::default()
                 };
                 child.start(container, first_process(&self.spec, window))?
             }

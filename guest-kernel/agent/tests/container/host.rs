@@ -374,16 +374,12 @@ fn connect(socket: &Path, hello: &Hello) -> UnixStream {
 pub fn process(args: &[&str]) -> (ContainerSpec, ProcessSpec) {
     let container = ContainerSpec {
         writable: Writable::Memory { limit: 16 << 20 },
-        warm: false,
-        kept: false,
+        ..ContainerSpec::default()
     };
     let process = ProcessSpec {
         args: args.iter().map(|arg| (*arg).to_owned()).collect(),
-        env: Vec::new(),
-        cwd: "/".to_owned(),
-        user: String::new(),
         streams: vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
-        window: None,
+        ..ProcessSpec::default()
     };
     (container, process)
 }
