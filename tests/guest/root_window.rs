@@ -2,7 +2,7 @@
 //! docs/faults.md says what that is worth.
 
 use crate::support::{
-    boot, boot_timeout, busybox_rootfs, fork_with, guest, host, python_rootfs, shell,
+    Call, boot, boot_timeout, busybox_rootfs, fork_with, guest, host, python, python_rootfs, shell,
 };
 use fork::{BootSpec, Child, ChildStats, Disks, ForkSpec, Template};
 use std::fs::File;
@@ -106,4 +106,23 @@ fn a_named_domain_maps_no_image() {
     let mut child = template.fork(spec).expect("forks");
     assert_eq!(shell(&mut child, "echo $((6 * 7))"), "42\n");
     assert_eq!(child.stats().expect("counts").root_mapped, None);
+}
+
+/// A megabyte written from where the image is mapped, past the guest's page cache.
+const WRITE_FROM_MAPPING: &str = "
+import mmap, os
+image = os.open('/usr/bin/python3', os.O_RDONLY)
+mapped = mmap.mmap(image, 1 << 20, mmap.MAP_PRIVATE, mmap.PROT_READ)
+copy = os.open('/copy', os.O_CREAT | os.O_RDWR | os.O_DIRECT)
+written = os.write(copy, memoryview(mapped))
+os.fsync(copy)
+open('/after', 'w').write('the disk lives')
+os.sync()
+print(written, open('/copy', 'rb').read() == mapped[:], open('/after').read())
+";
+
+#[test]
+fn a_file_is_written_straight_from_the_mapped_image() {
+    let ran = Call::run(&["--rm", python(), "python3", "-c", WRITE_FROM_MAPPING]).end();
+    assert_eq!(ran.out(), "1048576 True the disk lives\n", "{ran}");
 }

@@ -27,7 +27,7 @@ use devices::virtio::mmio::{MmioTransport, TransportState};
 use devices::virtio::pmem::{Pmem, PmemState};
 use devices::virtio::rng::{Rng, RngState};
 use devices::virtio::vsock::{Vsock, VsockState};
-use devices::{Console, GuestMemory, Interrupt, MmioDevice, Serial, SerialState, i8042};
+use devices::{Console, DeviceMemory, Interrupt, MmioDevice, Serial, SerialState, i8042};
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -153,7 +153,11 @@ impl Devices {
     /// Makes all devices of `kvm` in the state `s`, and wires their interrupts. The
     /// disks have no files yet.
     pub(crate) fn restore(s: &DevicesState, kvm: &KvmVm, console: &Console) -> Result<Self, Error> {
-        let (vm, memory) = (&kvm.fd, kvm.ram.memory());
+        let vm = &kvm.fd;
+        let memory = &DeviceMemory {
+            ram: kvm.ram.memory().clone(),
+            rom: Some(kvm.window.memory().clone()),
+        };
         if s.pmem.device != state_of(kvm.window.place()) {
             return Err(Error::State("its root window lies elsewhere".into()));
         }
@@ -271,7 +275,7 @@ impl Interrupt for Line {
 
 fn attach<D: VirtioDevice>(
     device: D,
-    memory: &GuestMemory,
+    memory: &DeviceMemory,
     irq: Arc<dyn Interrupt>,
     state: &TransportState,
 ) -> Result<Arc<Mutex<MmioTransport<D>>>, Error> {

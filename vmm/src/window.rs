@@ -9,25 +9,30 @@
 //! can change under it with no call to KVM, and that is what makes late binding one
 //! mmap. A slot that is set after the irqchip would wait for a grace period.
 //!
-//! The pages are the host's page cache, shared by all children of an image. They are
-//! no part of the guest's memory as devices see it: a descriptor that points into the
-//! window is refused as one outside of memory, and a freeze copies nothing of it.
-//! The monitor itself never reads them, so a file that is cut short under a guest ends
-//! that guest (KVM_RUN says EFAULT) and not its process.
+//! The pages are the host's page cache, shared by all children of an image. A freeze
+//! copies nothing of them. Devices hand them to system calls, for a driver that writes
+//! straight from a mapped file ([`devices::DeviceMemory::rom`]). The monitor itself
+//! never reads them, so a file that is cut short under a guest ends that guest (KVM_RUN
+//! says EFAULT) and not its process.
 
 use crate::error::Error;
 use crate::layout::Window;
+use devices::GuestMemory;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use std::fs::File;
 use std::io;
-use vm_memory::MmapRegion;
+use std::ptr::with_exposed_provenance_mut;
+use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
 use vm_run_abi::PAGE_SIZE;
 
 /// The window of one VM, mapped in the host.
 #[derive(Debug)]
 pub(crate) struct RootWindow {
     window: Window,
-    mapping: MmapRegion,
+    /// The window alone.
+    memory: GuestMemory,
+    /// Where that is mapped in this process.
+    address: u64,
     /// Bytes of the image in it.
     image: Option<u64>,
 }
@@ -38,16 +43,23 @@ impl RootWindow {
     /// # Errors
     /// What mmap says.
     pub(crate) fn new(window: Window) -> Result<Self, Error> {
+        let failed = |e: io::Error| Error::memory("mmap")(e);
         let mapping = MmapRegion::build(
             None,
             window.len as usize,
             libc::PROT_READ,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
         )
-        .map_err(|e| Error::memory("mmap")(io::Error::other(e)))?;
+        .map_err(|e| failed(io::Error::other(e)))?;
+        let address = mapping.as_ptr().expose_provenance() as u64;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(window.gpa))
+            .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
+        let memory =
+            GuestMemory::from_regions(vec![region]).map_err(|e| failed(io::Error::other(e)))?;
         Ok(Self {
             window,
-            mapping,
+            memory,
+            address,
             image: None,
         })
     }
@@ -60,12 +72,17 @@ impl RootWindow {
     /// For KVM_SET_USER_MEMORY_REGION: (guest-physical, host address, length).
     pub(crate) fn slot(&self) -> (u64, u64, u64) {
         let Window { gpa, len } = self.window;
-        (gpa, self.mapping.as_ptr() as u64, len)
+        (gpa, self.address, len)
+    }
+
+    /// For devices: read-only, and only for system calls.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     /// Where the image lies in this process, if it does: (address, length), in bytes.
     pub(crate) fn image(&self) -> Option<(u64, u64)> {
-        self.image.map(|len| (self.mapping.as_ptr() as u64, len))
+        self.image.map(|len| (self.address, len))
     }
 
     /// Puts an image into the window, before the guest runs. An image that does not
@@ -84,11 +101,12 @@ impl RootWindow {
         if !metadata.is_file() || !fits {
             return Ok(());
         }
-        let address = self.mapping.as_ptr().cast();
+        let address = with_exposed_provenance_mut(self.address as usize);
         let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
-        // SAFETY: MAP_FIXED replaces the first `len` bytes of `mapping`, which is at
-        // least that long (`fits`), belongs to this object alone, and to which this
-        // process has no reference: only the guest reads it, through KVM.
+        // SAFETY: MAP_FIXED replaces the first `len` bytes of the region of `memory`,
+        // which is mapped as long as this object lives and at least that long (`fits`).
+        // This process has no reference into it: the guest reads it through KVM, and
+        // devices hand it to system calls, neither before it runs.
         unsafe { mmap(address, len as usize, ProtFlags::READ, flags, file, 0) }
             .map_err(Error::memory("mmap of the root image"))?;
         self.image = Some(len);

@@ -6,7 +6,7 @@
 
 use vm_memory::{GuestMemory as _, Permissions, VolatileSlice};
 
-use crate::GuestMemory;
+use crate::{DeviceMemory, GuestMemory};
 
 /// What is wrong with a descriptor chain (virtio 1.2 §2.7.4, §2.7.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -18,7 +18,8 @@ pub enum ChainError {
     /// More descriptors than the queue has entries.
     #[error("descriptor chain is longer than its queue")]
     TooLong,
-    /// A buffer that is not wholly in guest memory.
+    /// A buffer that is not wholly in guest memory; or, of bytes that are looked at, in
+    /// memory that is only for system calls.
     #[error("descriptor points outside guest memory")]
     Address,
     /// A device-readable descriptor after a device-writable one.
@@ -36,6 +37,8 @@ pub struct Buffers<'m> {
     /// Slices before this one are consumed.
     first: usize,
     len: usize,
+    /// Slices from this one on are only for system calls: see [`DeviceMemory::rom`].
+    rom_from: Option<usize>,
 }
 
 impl<'m> Buffers<'m> {
@@ -49,7 +52,7 @@ impl<'m> Buffers<'m> {
         self.len == 0
     }
 
-    /// The slices that are left, in order; none is empty.
+    /// The slices that are left, in order; none is empty. For system calls.
     pub(crate) fn slices(&self) -> &[VolatileSlice<'m>] {
         &self.slices[self.first..]
     }
@@ -101,6 +104,7 @@ impl<'m> Buffers<'m> {
             rest.push(end);
         }
         tail.for_each(|slice| rest.push(slice));
+        rest.rom_from = self.rom_from.map(|at| at.saturating_sub(cut));
         self.len = at;
         rest
     }
@@ -111,9 +115,12 @@ impl<'m> Buffers<'m> {
             return Err(ChainError::TooShort);
         }
         let mut done = 0;
-        for slice in self.slices() {
+        for (index, slice) in self.slices.iter().enumerate().skip(self.first) {
             if done == data.len() {
                 break;
+            }
+            if self.rom_from.is_some_and(|rom| index >= rom) {
+                return Err(ChainError::Address);
             }
             done += slice.copy_to(&mut data[done..]);
         }
@@ -164,7 +171,7 @@ pub struct Chain<'m> {
 impl<'m> Chain<'m> {
     /// Checks `chain` against `memory` and the size of its queue.
     pub(crate) fn parse(
-        memory: &'m GuestMemory,
+        memory: &'m DeviceMemory,
         queue_size: u16,
         mut chain: virtio_queue::DescriptorChain<&'m GuestMemory>,
     ) -> Result<Self, ChainError> {
@@ -186,8 +193,16 @@ impl<'m> Chain<'m> {
             } else {
                 (&mut parsed.readable, Permissions::Read)
             };
+            let (address, len) = (descriptor.addr(), descriptor.len() as usize);
+            let memory = match &memory.rom {
+                Some(rom) if !writing && !memory.ram.check_range(address, len, access) => {
+                    buffers.rom_from.get_or_insert(buffers.slices.len());
+                    rom
+                }
+                _ => &memory.ram,
+            };
             let slices = memory
-                .get_slices(descriptor.addr(), descriptor.len() as usize, access)
+                .get_slices(address, len, access)
                 .map_err(|_| ChainError::Address)?;
             for slice in slices {
                 buffers.push(slice.map_err(|_| ChainError::Address)?);

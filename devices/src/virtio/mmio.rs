@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{DeviceIo, QueueError, QueueState, VirtQueue};
 use super::{Progress, VirtioDevice, feature};
-use crate::{GuestMemory, Interrupt, MmioDevice};
+use crate::{DeviceMemory, Interrupt, MmioDevice};
 
 /// Size of the window of guest-physical addresses, in bytes.
 pub const WINDOW_SIZE: u64 = 0x1000;
@@ -139,7 +139,7 @@ pub struct TransportState {
 /// marks the queue and wakes the loop; the loop does the I/O.
 pub struct MmioTransport<D: VirtioDevice> {
     device: D,
-    memory: GuestMemory,
+    memory: DeviceMemory,
     irq: Arc<dyn Interrupt>,
     notify: EventFd,
     /// All but the queues, which live in `queues`.
@@ -155,10 +155,11 @@ impl<D: VirtioDevice> MmioTransport<D> {
     /// next notification.
     pub fn restore(
         device: D,
-        memory: GuestMemory,
+        memory: impl Into<DeviceMemory>,
         irq: Arc<dyn Interrupt>,
         state: &TransportState,
     ) -> Result<Self, RestoreError> {
+        let memory = memory.into();
         let sizes = device.queue_sizes();
         let offered = offered_features(&device);
         check_registers(state, offered)?;
@@ -175,7 +176,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
                 None => VirtQueue::new(index, max_size),
                 Some(queue) => {
                     check_queue(index, queue, state.status)?;
-                    VirtQueue::restore(index, max_size, queue, &memory, event_idx)?
+                    VirtQueue::restore(index, max_size, queue, &memory.ram, event_idx)?
                 }
             });
         }
@@ -314,7 +315,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
     fn finish(&mut self, mut result: Result<(), QueueError>) {
         let mut interrupt = false;
         for queue in &mut self.queues {
-            match queue.take_interrupt(&self.memory) {
+            match queue.take_interrupt(&self.memory.ram) {
                 Ok(wanted) => interrupt |= wanted,
                 Err(error) => result = result.and(Err(error)),
             }
@@ -462,7 +463,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
             (register::QUEUE_READY, 0) => return queue.disable(),
             _ if queue.is_ready() => return,
             (register::QUEUE_READY, _) => {
-                if let Err(error) = queue.enable(&self.memory, event_idx) {
+                if let Err(error) = queue.enable(&self.memory.ram, event_idx) {
                     self.fail(&error);
                 }
                 return;

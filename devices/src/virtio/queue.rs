@@ -8,7 +8,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, Permissions};
 
 use super::chain::{Chain, ChainError};
-use crate::GuestMemory;
+use crate::{DeviceMemory, GuestMemory};
 
 /// What a driver broke in a queue.
 #[derive(Debug, thiserror::Error)]
@@ -171,14 +171,14 @@ impl VirtQueue {
         self.registers.next_used = 0;
     }
 
-    fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueError> {
+    fn pop<'m>(&mut self, memory: &'m DeviceMemory) -> Result<Option<Chain<'m>>, QueueError> {
         let queue = self.index;
         let Some(ring) = &mut self.ring else {
             return Ok(None);
         };
         let size = ring.size();
         let mut available = ring
-            .iter(memory)
+            .iter(&memory.ram)
             .map_err(|source| QueueError::Ring { queue, source })?;
         available
             .next()
@@ -263,12 +263,12 @@ impl VirtQueue {
 
 /// A device's view of its queues, for the time of one call.
 pub struct DeviceIo<'m> {
-    memory: &'m GuestMemory,
+    memory: &'m DeviceMemory,
     queues: &'m mut [VirtQueue],
 }
 
 impl<'m> DeviceIo<'m> {
-    pub(super) fn new(memory: &'m GuestMemory, queues: &'m mut [VirtQueue]) -> Self {
+    pub(super) fn new(memory: &'m DeviceMemory, queues: &'m mut [VirtQueue]) -> Self {
         Self { memory, queues }
     }
 
@@ -298,7 +298,7 @@ impl<'m> DeviceIo<'m> {
         match self.queues.get_mut(queue) {
             // A chain has no more than 2^32 - 1 bytes.
             Some(q) => q.push_used(
-                self.memory,
+                &self.memory.ram,
                 chain.head(),
                 u32::try_from(written).unwrap_or(u32::MAX),
             ),
@@ -316,7 +316,7 @@ impl<'m> DeviceIo<'m> {
     /// if it is so already.
     pub fn notify_beyond(&mut self, queue: usize, count: u16) -> Result<bool, QueueError> {
         match self.queues.get_mut(queue) {
-            Some(q) => q.notify_beyond(self.memory, count),
+            Some(q) => q.notify_beyond(&self.memory.ram, count),
             None => Ok(false),
         }
     }
@@ -324,7 +324,7 @@ impl<'m> DeviceIo<'m> {
     /// Number of chains that are available and not taken.
     pub fn available(&self, queue: usize) -> Result<u16, QueueError> {
         match self.queues.get(queue) {
-            Some(q) => q.available(self.memory),
+            Some(q) => q.available(&self.memory.ram),
             None => Ok(0),
         }
     }

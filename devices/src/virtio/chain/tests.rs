@@ -1,5 +1,8 @@
 use super::*;
+use crate::GuestMemory;
 use crate::testing::{self, flag};
+use std::io::Read;
+use std::os::fd::AsFd;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -19,24 +22,28 @@ fn descriptor(memory: &GuestMemory, at: u64, address: u64, len: u32, flags: u16,
 type Raw = (u64, u32, u16, u16);
 
 /// Parses the chain whose first descriptors are those given, in order.
-fn parse<'m>(memory: &'m GuestMemory, descriptors: &[Raw]) -> Result<Chain<'m>, ChainError> {
+fn parse<'m>(memory: &'m DeviceMemory, descriptors: &[Raw]) -> Result<Chain<'m>, ChainError> {
     for (index, &(address, len, flags, next)) in descriptors.iter().enumerate() {
         let at = TABLE + 16 * index as u64;
-        descriptor(memory, at, address, len, flags, next);
+        descriptor(&memory.ram, at, address, len, flags, next);
     }
-    memory.write_obj([0u16, 1, 0], GuestAddress(AVAIL)).unwrap();
+    let ram = &memory.ram;
+    ram.write_obj([0u16, 1, 0], GuestAddress(AVAIL)).unwrap();
     let mut queue = Queue::new(SIZE).unwrap();
     queue.set_desc_table_address(Some(TABLE as u32), Some(0));
     queue.set_avail_ring_address(Some(AVAIL as u32), Some(0));
     queue.set_ready(true);
-    let chain = queue.iter(memory).unwrap().next().unwrap();
+    let chain = queue.iter(ram).unwrap().next().unwrap();
     Chain::parse(memory, SIZE, chain)
 }
 
 #[test]
 fn a_chain_of_both_directions() {
-    let memory = testing::memory();
-    memory.write_slice(b"hello", GuestAddress(0x8000)).unwrap();
+    let memory = DeviceMemory::from(testing::memory());
+    memory
+        .ram
+        .write_slice(b"hello", GuestAddress(0x8000))
+        .unwrap();
     let mut chain = parse(
         &memory,
         &[
@@ -58,13 +65,13 @@ fn a_chain_of_both_directions() {
     assert_eq!(chain.writable.write_all(&[0; 5]), Err(ChainError::TooShort));
     chain.writable.write_all(&[1, 2, 3, 4]).unwrap();
     assert!(chain.writable.is_empty());
-    let written: [u8; 4] = memory.read_obj(GuestAddress(0x9000)).unwrap();
+    let written: [u8; 4] = memory.ram.read_obj(GuestAddress(0x9000)).unwrap();
     assert_eq!(written, [1, 2, 3, 4]);
 }
 
 #[test]
 fn broken_chains() {
-    let memory = testing::memory();
+    let memory = DeviceMemory::from(testing::memory());
     let end = testing::MEMORY_SIZE as u64;
     let cases: &[(&[Raw], ChainError)] = &[
         // A loop.
@@ -97,14 +104,14 @@ fn broken_chains() {
 
 #[test]
 fn indirect_tables_are_no_longer_than_the_queue_and_not_nested() {
-    let memory = testing::memory();
+    let memory = DeviceMemory::from(testing::memory());
     let table = 0x1_0000;
     for entries in [SIZE, SIZE + 1] {
         for index in 0..entries {
             let last = index + 1 == entries;
             let flags = if last { 0 } else { flag::NEXT };
             let at = table + 16 * u64::from(index);
-            descriptor(&memory, at, 0x8000, 2, flags, index + 1);
+            descriptor(&memory.ram, at, 0x8000, 2, flags, index + 1);
         }
         let chain = parse(
             &memory,
@@ -115,22 +122,23 @@ fn indirect_tables_are_no_longer_than_the_queue_and_not_nested() {
             _ => assert_eq!(chain.err(), Some(ChainError::TooLong)),
         }
     }
-    descriptor(&memory, table, table, 16, flag::INDIRECT, 0);
+    descriptor(&memory.ram, table, table, 16, flag::INDIRECT, 0);
     let nested = parse(&memory, &[(table, 16, flag::INDIRECT, 0)]);
     assert_eq!(nested.err(), Some(ChainError::Endless));
 }
 
 #[test]
 fn a_head_outside_the_table() {
-    let memory = testing::memory();
+    let memory = DeviceMemory::from(testing::memory());
     memory
+        .ram
         .write_obj([0u16, 1, SIZE], GuestAddress(AVAIL))
         .unwrap();
     let mut queue = Queue::new(SIZE).unwrap();
     queue.set_desc_table_address(Some(TABLE as u32), Some(0));
     queue.set_avail_ring_address(Some(AVAIL as u32), Some(0));
     queue.set_ready(true);
-    let chain = queue.iter(&memory).unwrap().next().unwrap();
+    let chain = queue.iter(&memory.ram).unwrap().next().unwrap();
     assert_eq!(
         Chain::parse(&memory, SIZE, chain).err(),
         Some(ChainError::Endless)
@@ -139,9 +147,12 @@ fn a_head_outside_the_table() {
 
 #[test]
 fn buffers_are_cut_and_consumed_anywhere() {
-    let memory = testing::memory();
+    let memory = DeviceMemory::from(testing::memory());
     let whole: Vec<u8> = (0..9).collect();
-    memory.write_slice(&whole, GuestAddress(0x8000)).unwrap();
+    memory
+        .ram
+        .write_slice(&whole, GuestAddress(0x8000))
+        .unwrap();
     let shape = [
         (0x8000, 2, flag::NEXT, 1),
         (0x8002, 3, flag::NEXT, 2),
@@ -163,5 +174,44 @@ fn buffers_are_cut_and_consumed_anywhere() {
                 assert_eq!(bytes, expected, "skip {skip}, cut at {at}");
             }
         }
+    }
+}
+
+#[test]
+fn read_only_memory_is_for_system_calls_and_to_be_read() {
+    const ROM: u64 = 1 << 32;
+    let rom = GuestMemory::from_ranges(&[(GuestAddress(ROM), 0x1000)]).unwrap();
+    rom.write_slice(b"mapped", GuestAddress(ROM)).unwrap();
+    let memory = DeviceMemory {
+        ram: testing::memory(),
+        rom: Some(rom),
+    };
+    memory
+        .ram
+        .write_slice(b"head", GuestAddress(0x8000))
+        .unwrap();
+    let shape = [(0x8000, 4, flag::NEXT, 1), (ROM, 6, 0, 0)];
+    let mut readable = parse(&memory, &shape).unwrap().readable;
+    let mut head = [0; 4];
+    readable.read_exact(&mut head).unwrap();
+    assert_eq!(&head, b"head");
+    // The kernel reads it, and we do not.
+    assert_eq!(readable.read_exact(&mut [0]), Err(ChainError::Address));
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let sent = crate::virtio::iov::send(ours.as_fd(), readable.slices()).unwrap();
+    let mut text = [0; 6];
+    (&theirs).read_exact(&mut text).unwrap();
+    assert_eq!((sent, &text), (6, b"mapped"));
+    // What is left of it after a cut is still that.
+    let mut front = parse(&memory, &shape).unwrap().readable;
+    let mut back = front.split_off(5);
+    assert_eq!(front.read_exact(&mut [0; 5]), Err(ChainError::Address));
+    assert_eq!(back.read_exact(&mut [0]), Err(ChainError::Address));
+    for broken in [
+        (ROM, 1, flag::WRITE, 0),
+        (ROM + 0xfff, 2, 0, 0),
+        (ROM - 1, 2, 0, 0),
+    ] {
+        assert_eq!(parse(&memory, &[broken]).err(), Some(ChainError::Address));
     }
 }
