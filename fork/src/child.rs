@@ -152,7 +152,7 @@ impl Child {
     /// container on a disk: the child can still be given another.
     pub fn start(
         &mut self,
-        container: ContainerSpec,
+        mut container: ContainerSpec,
         process: ProcessSpec,
     ) -> Result<Process, Error> {
         if container.warm && container.writable == Writable::Disk {
@@ -171,6 +171,7 @@ impl Child {
             user: process.user.clone(),
             streams: process.streams.clone(),
         };
+        container.mapped_root = self.machine.root_image().is_some();
         let request = Request::StartContainer { container, process };
         // Started and Exited; and Warm, where it may come.
         let events = 2 + u32::from(warm);

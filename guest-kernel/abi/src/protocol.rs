@@ -206,6 +206,9 @@ pub struct WindowSize {
 /// The file systems of a container.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerSpec {
+    /// Whether the root image lies in the root window, to be mapped; it is on the first
+    /// disk in any case. Said by the fork, not by whoever starts a container.
+    pub mapped_root: bool,
     /// What lies over the read-only image.
     pub writable: Writable,
     /// Whether the container will say when it is warm: it finds the socket and the

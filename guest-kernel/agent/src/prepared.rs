@@ -123,7 +123,7 @@ fn live(
         Err(e) => return Err(step("be told of a program", &e)),
     };
     let hostname = spawn::hostname();
-    let root = rootfs::mount_root(&resources.disks, &container.writable)?;
+    let root = rootfs::mount_root(&resources.disks, &container)?;
     let enforced = resources.rules.enforce();
     enforced.map_err(|e| step("restrict its devices", &e))?;
     let helper = if container.warm {

@@ -5,7 +5,7 @@ use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use rustix::process::Pid;
 use std::ffi::{CStr, CString};
 use std::io;
-use std::mem::{MaybeUninit, size_of, zeroed};
+use std::mem::{size_of, zeroed};
 use std::ptr;
 use vm_run_abi::identity::ENTROPY_LEN;
 
@@ -368,14 +368,4 @@ pub fn replace_linked_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> 
     };
     check(result as libc::c_int)?;
     Ok(())
-}
-
-/// The size of the block device behind `fd`, in bytes.
-pub fn block_device_size(fd: BorrowedFd<'_>) -> io::Result<u64> {
-    let mut size = MaybeUninit::<u64>::zeroed();
-    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
-    // SAFETY: the kernel writes one u64.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), BLKGETSIZE64, size.as_mut_ptr()) })?;
-    // SAFETY: zeroed before, and written by the kernel.
-    Ok(unsafe { size.assume_init() })
 }

@@ -448,7 +448,7 @@ fn writable_layers_keep_their_promises(images: &Images) {
         panic!("{failed:?}");
     };
     assert!(
-        message.ends_with("is to be written and holds no ext4"),
+        message.starts_with("the writable disk holds no ext4: "),
         "{message}"
     );
 }
