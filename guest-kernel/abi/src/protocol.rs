@@ -28,6 +28,7 @@
 //! bytes of postcard. Both sides treat a longer or undecodable frame as the end
 //! of the connection.
 
+use crate::options::{ContainerOptions, ProcessOptions};
 use alloc::string::String;
 use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
@@ -214,6 +215,8 @@ pub struct ContainerSpec {
     /// Whether its disk outlives it: then all that it wrote is there before the host
     /// hears that it has ended.
     pub kept: bool,
+    /// What differs from every other container.
+    pub options: ContainerOptions,
 }
 
 /// The writable layer of a container.
@@ -249,4 +252,6 @@ pub struct ProcessSpec {
     pub streams: Vec<Stream>,
     /// The first size of the terminal, if [`Stream::Terminal`] is asked for.
     pub window: Option<WindowSize>,
+    /// What differs from every other process.
+    pub options: ProcessOptions,
 }
