@@ -79,6 +79,10 @@ pub enum Stream {
 }
 
 /// From the host, on the control connection.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one at a time, and it goes by reference"
+)]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Mount the root file system and start the container's first process,
