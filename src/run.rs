@@ -1,18 +1,26 @@
 //! `vm-run run` and `vm-run create`: what was typed, and the checked plan of a
 //! container.
 
+mod health;
+mod options;
+mod tmpfs;
+mod ulimit;
 mod warm;
 
 use crate::args::size;
 use crate::container::cli::{Session, attend};
-use crate::container::{Engine, Layer, LogLimits, RestartPolicy, Spec, parse_signal, set_env};
+use crate::container::{
+    Engine, Layer, LogLimits, Options, Record, RestartPolicy, Spec, parse_signal, set_env,
+};
 use crate::image::{self, Access, ImageConfig, PullPolicy, Store};
 use crate::templates::{self, MachineArgs};
 use crate::workers::JailArgs;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use fork::Moment;
+use options::OptionArgs;
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::fs::File;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 /// What `stop` sends, if nobody says anything.
@@ -90,6 +98,8 @@ pub struct CreateArgs {
     /// When to pull IMAGE from its registry
     #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
     pull: PullPolicy,
+    #[command(flatten)]
+    options: OptionArgs,
     /// IMAGE [COMMAND [ARG...]], or with --rootfs only the command
     #[arg(
         trailing_var_arg = true,
@@ -118,7 +128,7 @@ pub struct RunArgs {
 /// One line.
 pub fn create(args: &CreateArgs, root: &Path) -> Result<u8> {
     let engine = Engine::open(root)?;
-    let record = engine.create(args.name.clone(), plan(args, true, root)?)?;
+    let record = make(&engine, args, plan(args, true, root)?)?;
     writeln!(std::io::stdout(), "{}", record.id)?;
     Ok(0)
 }
@@ -135,7 +145,7 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
     let session = (!args.detach)
         .then(|| Session::new(tty, interactive))
         .transpose()?;
-    let record = engine.create(args.create.name.clone(), spec)?;
+    let record = make(&engine, &args.create, spec)?;
     let Some(session) = session else {
         engine
             .start(&record, None)
@@ -151,6 +161,35 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(ended.status)
+}
+
+/// Makes the container, and writes its id where that is asked for.
+fn make(engine: &Engine, args: &CreateArgs, spec: Spec) -> Result<Record> {
+    let Some(path) = &args.options.cidfile else {
+        return engine.create(args.name.clone(), spec);
+    };
+    // Before anything is made: the file is another container's if it is there.
+    let mut file = File::create_new(path).map_err(|error| match error.kind() {
+        ErrorKind::AlreadyExists => anyhow!(
+            "container ID file found, make sure the other container isn't running or delete {}",
+            path.display()
+        ),
+        _ => anyhow!(
+            "cannot make the container ID file {}: {error}",
+            path.display()
+        ),
+    })?;
+    let made = engine.create(args.name.clone(), spec).and_then(|record| {
+        if let Err(error) = file.write_all(record.id.as_bytes()) {
+            engine.remove(&record, false)?;
+            return Err(error).with_context(|| format!("cannot write {}", path.display()));
+        }
+        Ok(record)
+    });
+    if made.is_err() {
+        std::fs::remove_file(path).ok();
+    }
+    made
 }
 
 /// The plan of a container. `is_watched` is whether its first client is there from its
@@ -169,7 +208,10 @@ fn plan(args: &CreateArgs, is_watched: bool, root: &Path) -> Result<Spec> {
         Some(inside) => warm::plan(&mut spec, args, inside, std::env::args_os())?,
         None => plan_bare(&mut spec, args, root)?,
     }
-    for label in &args.label {
+    for label in file_words(&args.options.label_file)?
+        .iter()
+        .chain(&args.label)
+    {
         let (name, value) = label.split_once('=').unwrap_or((label, ""));
         spec.labels.insert(name.to_owned(), value.to_owned());
     }
@@ -211,6 +253,7 @@ fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
         auto_remove: args.rm,
         restart,
         log: log_limits(&args.log_opt)?,
+        options: Options::default(),
     })
 }
 
@@ -240,6 +283,7 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
             (image.config, command)
         }
     };
+    spec.options = args.options.check(&config)?;
     spec.args = command_line(args, &config, command);
     if spec.args.is_empty() {
         bail!("no command: the image names none, so give one");

@@ -81,6 +81,7 @@ pub use stages::{ForkPath, Stages};
 pub use stats::ChildStats;
 pub use store::{FORMAT, Manifest};
 pub use template::{BootSpec, DEFAULT_DOMAIN, ForkSpec, Kind, Template, Warm};
+pub use vm_run_abi::options::{ContainerOptions, Limit, ProcessOptions, Tmpfs};
 pub use vm_run_abi::protocol::{
     CONTAINER, ContainerSpec, ExitStatus, ProcessId, ProcessSpec, StartFailure, Stream, WindowSize,
     Writable,

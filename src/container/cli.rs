@@ -166,6 +166,9 @@ pub struct ExecArgs {
     /// USER[:GROUP], names or numbers
     #[arg(short, long)]
     user: Option<String>,
+    /// Give it all capabilities
+    #[arg(long)]
+    privileged: bool,
     /// The container's name or id
     container: String,
     /// The command
@@ -405,6 +408,7 @@ fn exec(engine: &Engine, args: ExecArgs) -> Result<u8> {
         stdin: interactive,
         detach: args.detach,
         window: Window::ours(),
+        privileged: args.privileged,
     });
     let (_, stream) = engine.ask(&record, &request)?;
     if args.detach {

@@ -9,13 +9,16 @@
 //! log         what it has said                         (logs: shown)
 //! ```
 
+mod capabilities;
 pub mod cli;
 mod client;
 mod directory;
 mod engine;
+mod health;
 mod id;
 mod log;
 mod logs;
+mod options;
 mod record;
 mod show;
 mod signal;
@@ -23,8 +26,10 @@ mod store;
 pub mod supervisor;
 mod wire;
 
+pub use capabilities::normalize as normalize_capability;
 pub use engine::{Engine, Refused};
-pub use record::{Layer, LogLimits, RestartPolicy, Spec};
+pub use options::{HealthCheck, Memory, Options, Ulimit};
+pub use record::{Layer, LogLimits, Record, RestartPolicy, Spec};
 pub use signal::parse as parse_signal;
 
 /// Its root file system, in its directory.

@@ -1,5 +1,7 @@
 //! What is kept of a container: what was asked for, and what became of it.
 
+use super::health::Health;
+use super::options::Options;
 use crate::templates::MachineArgs;
 use anyhow::{Result, bail};
 use jiff::Timestamp;
@@ -78,6 +80,9 @@ pub struct Spec {
     /// How much of its output is kept.
     #[serde(default)]
     pub log: LogLimits,
+    /// What most do not ask for.
+    #[serde(default)]
+    pub options: Options,
 }
 
 impl Spec {
@@ -194,6 +199,9 @@ pub struct State {
     /// The template that it was last forked from.
     #[serde(default)]
     pub template: String,
+    /// Whether it is well, if it is asked.
+    #[serde(default)]
+    pub health: Option<Health>,
 }
 
 /// Where a container stands, in docker's words.

@@ -1,6 +1,7 @@
 //! Containers as people and tools see them.
 
 use super::engine::Engine;
+use super::health::Health;
 use super::id;
 use super::record::{Layer, Record, RestartPolicy, State, Status};
 use super::wire::Stats;
@@ -89,7 +90,10 @@ fn status(state: &State) -> String {
     let since = |at: Option<Timestamp>| at.map_or_else(|| "some time".to_owned(), age);
     match state.status {
         Status::Created => "Created".to_owned(),
-        Status::Running => format!("Up {}", since(state.started)),
+        Status::Running => {
+            let health = state.health.as_ref().map_or("", Health::words);
+            format!("Up {}{health}", since(state.started))
+        }
         Status::Paused => format!("Up {} (Paused)", since(state.started)),
         Status::Restarting => format!(
             "Restarting ({}) {} ago",
@@ -135,7 +139,7 @@ fn object(engine: &Engine, record: &Record) -> Value {
         RestartPolicy::UnlessStopped => ("unless-stopped", 0),
         RestartPolicy::OnFailure(most) => ("on-failure", most),
     };
-    json!({
+    let mut object = json!({
         "Id": record.id,
         "Name": format!("/{}", record.name),
         "Created": spec.created.to_string(),
@@ -190,7 +194,12 @@ fn object(engine: &Engine, record: &Record) -> Value {
             "WritableBytes": engine.disk_bytes(record),
             "Supervisor": state.supervisor,
         },
-    })
+    });
+    spec.options.describe(&mut object);
+    if let Some(health) = &state.health {
+        object["State"]["Health"] = health.describe();
+    }
+    object
 }
 
 /// What containers cost.

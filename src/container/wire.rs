@@ -99,6 +99,9 @@ pub struct Exec {
     pub detach: bool,
     /// The size of its terminal.
     pub window: Option<Window>,
+    /// Whether it has all capabilities.
+    #[serde(default)]
+    pub privileged: bool,
 }
 
 /// What becomes of a request.

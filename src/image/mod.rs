@@ -42,7 +42,7 @@ mod store;
 mod tarball;
 mod tree;
 
-pub use documents::ImageConfig;
+pub use documents::{ImageConfig, ImageHealth};
 #[cfg(not(fuzzing))]
 pub use obtain::{PullPolicy, obtain};
 #[cfg(not(fuzzing))]

@@ -58,6 +58,7 @@ fn chosen_too_late(
     options
         .into_iter()
         .find_map(|(is_given, what)| is_given.then_some(what))
+        .or_else(|| args.options.given())
 }
 
 /// Whether `--` stands before the last `words` words of a command line.
@@ -131,6 +132,7 @@ mod tests {
             (&["--rootfs", "/", "--", "ls"], "--rootfs"),
             (&["--read-only"], "--read-only"),
             (&["--writable-memory", "1m"], "--writable-memory"),
+            (&["--cap-add", "ALL"], "--cap-add"),
         ];
         for (words, what) in cases {
             let error = planned(words).expect_err("is refused");

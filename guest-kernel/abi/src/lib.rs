@@ -13,6 +13,7 @@ extern crate alloc;
 
 pub mod doorbell;
 pub mod identity;
+pub mod options;
 pub mod protocol;
 
 /// The version of everything in this crate. The agent stores it into

@@ -28,6 +28,7 @@
 //! bytes of postcard. Both sides treat a longer or undecodable frame as the end
 //! of the connection.
 
+use crate::options::{ContainerOptions, ProcessOptions};
 use alloc::string::String;
 use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
@@ -78,6 +79,10 @@ pub enum Stream {
 }
 
 /// From the host, on the control connection.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one at a time, and it goes by reference"
+)]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Mount the root file system and start the container's first process,
@@ -217,6 +222,8 @@ pub struct ContainerSpec {
     /// Whether its disk outlives it: then all that it wrote is there before the host
     /// hears that it has ended.
     pub kept: bool,
+    /// What differs from every other container.
+    pub options: ContainerOptions,
 }
 
 /// The writable layer of a container.
@@ -252,4 +259,6 @@ pub struct ProcessSpec {
     pub streams: Vec<Stream>,
     /// The first size of the terminal, if [`Stream::Terminal`] is asked for.
     pub window: Option<WindowSize>,
+    /// What differs from every other process.
+    pub options: ProcessOptions,
 }

@@ -17,7 +17,7 @@ use vm_run_agent::prepared::Prepared;
 use vm_run_agent::rootfs::{self, Disks};
 use vm_run_agent::serve::{Done, Server};
 use vm_run_agent::spawn::Resources;
-use vm_run_agent::{check, mounts, sys};
+use vm_run_agent::{check, init, mounts, sys};
 
 /// The limits that a container inherits: what docker's daemon runs with. The
 /// kernel's own bound of open files is this too (fs.nr_open); its default of
@@ -36,6 +36,9 @@ static DOORBELL: OnceLock<Doorbell> = OnceLock::new();
 static FORK_POINT: OnceLock<ForkPoint> = OnceLock::new();
 
 fn main() -> ExitCode {
+    if let Some(program) = init::asked(std::env::args()) {
+        return init::live(program);
+    }
     if std::process::id() != 1 {
         eprintln!(
             "vm-run-agent is the first process of a vm-run guest, and does nothing elsewhere"

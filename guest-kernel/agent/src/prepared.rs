@@ -8,7 +8,9 @@
 
 use crate::exec::{Failure, Program};
 use crate::frame::{self, Reader};
+use crate::init::Init;
 use crate::jail::{self, System};
+use crate::options;
 use crate::report::{self, Report, Reporter};
 use crate::rootfs;
 use crate::spawn::{self, Resources, Spawned, Stdio};
@@ -124,8 +126,13 @@ fn live(
     };
     let hostname = spawn::hostname();
     let root = rootfs::mount_root(&resources.disks, &container)?;
-    let enforced = resources.rules.enforce();
-    enforced.map_err(|e| step("restrict its devices", &e))?;
+    let wanted = &container.options;
+    if !wanted.privileged {
+        let enforced = resources.rules.enforce();
+        enforced.map_err(|e| step("restrict its devices", &e))?;
+    }
+    options::set_kernel(wanted, resources.cgroup.as_fd())?;
+    let init = wanted.init.then(Init::open).transpose()?;
     let helper = if container.warm {
         let path = &resources.helper;
         Some(std::fs::read(path).map_err(|e| step(&format!("read {path}"), &e))?)
@@ -133,14 +140,20 @@ fn live(
         None
     };
     jail::enter(&root)?;
-    let names = system.place(&hostname)?;
+    let names = system.place(&hostname, wanted)?;
+    options::complete(wanted)?;
     if let Some(helper) = helper {
         let listener = warm::place(&helper)?;
         let sent = reporter.warm(&listener, &names);
         sent.map_err(|e| step("report", &e))?;
     }
     stdio.keep(&process.streams);
-    spawn::to_program(&process, Some(&container), stdio, reporter, &hostname)
+    let program = spawn::to_program(&process, Some(&container), stdio, reporter, &hostname)?;
+    if let Some(init) = init {
+        let has_terminal = process.streams.contains(&Stream::Terminal);
+        init.split(&process.args, has_terminal)?;
+    }
+    Ok(program)
 }
 
 /// Has this process's memory be its own, and mapped: it is the agent's until it is

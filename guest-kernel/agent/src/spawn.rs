@@ -9,6 +9,7 @@ use crate::exec::{self, Failure, Program};
 use crate::freezer::Freezer;
 use crate::jail;
 use crate::mounts;
+use crate::options;
 use crate::report::{self, Reporter};
 use crate::rootfs::Disks;
 use crate::sys;
@@ -21,7 +22,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Uid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
-use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces, set_no_new_privs};
 use std::io;
 use vm_run_abi::protocol::{ContainerSpec, ProcessSpec, Stream, WindowSize, Writable};
 
@@ -183,7 +184,8 @@ pub fn to_program(
     reporter: &Reporter,
     hostname: &str,
 ) -> Result<Program, Failure> {
-    let user = exec::find_user(&process.user)?;
+    let options = &process.options;
+    let user = exec::find_user(&process.user, &options.groups)?;
     let uid = Uid::from_raw(user.uid);
     let stdio_failed = |e: Errno| Failure::other(format!("cannot set up stdio: {e}"));
     rustix::process::setsid().map_err(stdio_failed)?;
@@ -197,13 +199,18 @@ pub fn to_program(
         mounts::make_read_only("/", MountFlags::NOATIME)?;
     }
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
-    exec::become_user(&user)?;
+    options::restrict(options)?;
+    exec::become_user(&user, options.capabilities)?;
     let warm = first.is_some_and(|container| container.warm);
     let added: &[&str] = if warm { &[warm::VARIABLE] } else { &[] };
     let program = Program::find(process, &user, hostname, added)?;
     sys::close_on_exec_from_3()
         .and_then(|()| sys::reset_signals())
         .map_err(|e| Failure::other(format!("cannot clean up before the exec: {e}")))?;
+    if options.no_new_privileges {
+        set_no_new_privs(true)
+            .map_err(|e| Failure::other(format!("cannot give up new privileges: {e}")))?;
+    }
     Ok(program)
 }
 

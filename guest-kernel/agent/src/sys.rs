@@ -120,6 +120,40 @@ pub fn reset_signals() -> io::Result<()> {
     Ok(())
 }
 
+/// Blocks every signal that can be blocked.
+pub fn block_signals() -> io::Result<()> {
+    let all = all_signals()?;
+    // SAFETY: the set lives through the call; no old set is asked for.
+    check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const all, ptr::null_mut()) })?;
+    Ok(())
+}
+
+/// The next signal, whichever it is; all have to be blocked.
+pub fn await_signal() -> io::Result<i32> {
+    let all = all_signals()?;
+    // SAFETY: the set lives through the call; nothing more is asked for.
+    check(unsafe { libc::sigwaitinfo(&raw const all, ptr::null_mut()) })
+}
+
+fn all_signals() -> io::Result<libc::sigset_t> {
+    // SAFETY: sigset_t is plain integers, for which zero is a value.
+    let mut all: libc::sigset_t = unsafe { zeroed() };
+    // SAFETY: the set lives through the call.
+    check(unsafe { libc::sigfillset(&raw mut all) })?;
+    Ok(all)
+}
+
+/// Sets a limit of this process; rustix knows only the named ones.
+pub fn set_limit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
+    let limit = libc::rlimit {
+        rlim_cur: soft,
+        rlim_max: hard,
+    };
+    // SAFETY: the kernel reads one rlimit, which lives through the call.
+    check(unsafe { libc::setrlimit(resource as _, &raw const limit) })?;
+    Ok(())
+}
+
 /// Sends any signal by its number; rustix knows only the named ones.
 pub fn kill(pid: Pid, signal: i32) -> io::Result<()> {
     // SAFETY: takes no pointers.
@@ -202,6 +236,27 @@ pub fn exec(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
     // SAFETY: both arrays end in a null pointer, and they and their strings live
     // through the call.
     unsafe { libc::execve(path.as_ptr(), args.as_ptr(), env.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Becomes the program in an open file, with an empty environment; returns only the
+/// reason why not.
+pub fn exec_file(file: &OwnedFd, args: &[CString]) -> io::Error {
+    let mut args: Vec<*const libc::c_char> = args.iter().map(|arg| arg.as_ptr()).collect();
+    args.push(ptr::null());
+    let env: [*const libc::c_char; 1] = [ptr::null()];
+    // SAFETY: the path is an empty string; both arrays end in a null pointer, and they
+    // and their strings live through the call.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            args.as_ptr(),
+            env.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
     io::Error::last_os_error()
 }
 

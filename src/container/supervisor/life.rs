@@ -155,6 +155,7 @@ impl Mother {
                         Layer::Nothing => Writable::Nothing,
                     },
                     kept: self.spec.writable == Layer::Disk && !self.spec.auto_remove,
+                    options: self.spec.options.container(),
                     ..ContainerSpec::default()
                 };
                 child.start(container, first_process(&self.spec, window))?
@@ -228,6 +229,7 @@ fn first_process(spec: &Spec, window: Option<WindowSize>) -> ProcessSpec {
         user: spec.user.clone(),
         streams: streams(spec.tty, spec.stdin),
         window,
+        options: spec.options.process(false),
     }
 }
 
@@ -316,6 +318,7 @@ impl Life {
             user: exec.user.unwrap_or_else(|| self.spec.user.clone()),
             streams: streams(exec.tty, exec.stdin),
             window: exec.window.map(Window::size),
+            options: self.spec.options.process(exec.privileged),
         })?;
         let id = process.remote.process();
         for client in &clients {

@@ -10,6 +10,7 @@
 //! as its standard input, so that nothing of the first output is lost.
 
 mod life;
+mod probe;
 mod serve;
 mod session;
 
@@ -17,6 +18,7 @@ use self::life::{Life, Mother};
 use self::serve::{Now, Shared};
 use self::session::{Client, Farewells, Session, SharedLog};
 use super::directory::{Directory, Ownership};
+use super::health::Health;
 use super::log::Log;
 use super::record::Status;
 use super::store::Store;
@@ -193,6 +195,9 @@ impl Supervisor {
     }
 
     fn live(&self, mut life: Life, template: String) -> Result<Ended> {
+        let is_probed = self
+            .shared
+            .read(|record| record.spec.options.health.is_some());
         self.shared.change(|state| {
             state.status = Status::Running;
             state.supervisor = Some(std::process::id());
@@ -201,12 +206,15 @@ impl Supervisor {
             state.exit_code = 0;
             state.error.clear();
             state.template = template;
+            state.health = is_probed.then(Health::default);
         })?;
         self.shared.set_now(Now::Living {
             orders: life.orders(),
             main: Arc::clone(&life.main),
         });
+        let watch = probe::watch(&self.shared)?;
         let lived = life.live();
+        drop(watch);
         self.shared.set_now(Now::Between);
         let main = life.bury()?;
         Ok(match lived {

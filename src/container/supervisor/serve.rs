@@ -142,7 +142,7 @@ impl Shared {
     }
 
     /// Gives an order to the life, and waits for what comes of it.
-    fn order<T>(&self, order: impl FnOnce(SyncSender<Result<T>>) -> Order) -> Result<T> {
+    pub fn order<T>(&self, order: impl FnOnce(SyncSender<Result<T>>) -> Order) -> Result<T> {
         let (orders, _) = self.living()?;
         let (reply, answer) = sync_channel(1);
         let ended = || anyhow!("the container has ended");
@@ -204,7 +204,11 @@ pub fn heed_signals(shared: &Arc<Shared>) -> Result<()> {
     })
 }
 
-fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+/// Starts a thread of the supervisor's.
+///
+/// # Errors
+/// There is none to be had.
+pub fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
     std::thread::Builder::new()
         .name(name.into())
         .stack_size(256 << 10)

@@ -349,6 +349,7 @@ fn mounts_are_these_and_no_others(images: &Images) {
         format!("/dev/shm / tmpfs rw,{plain}"),
         "/etc/hostname /hostname tmpfs rw,noatime".to_owned(),
         "/etc/hosts /hosts tmpfs rw,noatime".to_owned(),
+        "/etc/resolv.conf /resolv.conf tmpfs rw,noatime".to_owned(),
         format!("/proc / proc rw,{plain}"),
         format!("/sys / sysfs ro,{plain}"),
         format!("/sys/fs/cgroup / cgroup2 ro,{plain}"),

@@ -178,12 +178,27 @@ fn make_busybox(root: &Path) {
     )
     .unwrap();
     symlink("/tmp/elsewhere", root.join("etc/hosts")).unwrap();
+    copy_libraries(root);
     let executable = |name: &str, content: &[u8]| {
         fs::write(root.join(name), content).unwrap();
         fs::set_permissions(root.join(name), fs::Permissions::from_mode(0o755)).unwrap();
     };
     executable("bin/garbage", b"\x01\x02 no program");
     executable("bin/orphan-script", b"#!/no/such/interpreter\n");
+}
+
+/// What this test is linked with: it is the init of a container too, where the agent
+/// is static.
+fn copy_libraries(root: &Path) {
+    let linked = run(Command::new("ldd").arg(std::env::current_exe().unwrap()));
+    for path in linked
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
+        let target = root.join(&path[1..]);
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        fs::copy(path, target).unwrap();
+    }
 }
 
 /// An agent that is at its fork point.
