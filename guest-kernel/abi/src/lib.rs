@@ -14,6 +14,7 @@ extern crate alloc;
 pub mod doorbell;
 pub mod identity;
 pub mod protocol;
+pub mod task;
 
 /// The version of everything in this crate. The agent stores it into
 /// [`doorbell::FORK_POINT`], so that a mismatch is found before any fork.
