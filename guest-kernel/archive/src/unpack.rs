@@ -16,7 +16,7 @@ use rustix::io::Errno;
 /// What directories are remembered by until the end, in bytes of their names.
 const MOST_NAMES: usize = 256 << 20;
 /// What is copied at once.
-const BUFFER: usize = 256 << 10;
+const BUFFER: usize = 64 << 10;
 /// Directories one in the other, of those that are removed.
 const DEEPEST: usize = 1024;
 
@@ -250,7 +250,8 @@ impl Unpacker<'_> {
         Ok(())
     }
 
-    /// The bytes; what lies between the pieces is a hole.
+    /// The bytes. What lies between the pieces is a hole, and so are zeroes: a file that
+    /// says it is endless costs its reader's patience, and not a disk.
     fn fill<S: Stream>(
         &mut self,
         file: &OwnedFd,
@@ -258,30 +259,22 @@ impl Unpacker<'_> {
         reader: &mut TarReader<S>,
     ) -> Result<()> {
         let named = || format!("write {}", printable(&entry.path));
+        let mut written = 0;
         for piece in &entry.pieces {
             let (mut at, mut left) = (piece.offset, piece.length);
             while left > 0 {
                 let wanted = usize::try_from(left).map_or(BUFFER, |left| left.min(BUFFER));
-                reader.read_data(&mut self.buffer[..wanted])?;
-                let mut rest = &self.buffer[..wanted];
-                while !rest.is_empty() {
-                    match rustix::io::pwrite(file, rest, at) {
-                        Ok(written) => {
-                            rest = &rest[written..];
-                            at += written as u64;
-                        }
-                        Err(Errno::INTR) => {}
-                        Err(error) => return Err(error).context(named),
-                    }
+                let bytes = &mut self.buffer[..wanted];
+                reader.read_data(bytes)?;
+                if bytes.iter().any(|byte| *byte != 0) {
+                    write_all(file, bytes, at).context(named)?;
+                    written = at + wanted as u64;
                 }
+                at += wanted as u64;
                 left -= wanted as u64;
             }
         }
-        let end = entry
-            .pieces
-            .last()
-            .map_or(0, |piece| piece.offset + piece.length);
-        if end < entry.size {
+        if written < entry.size {
             rustix::fs::ftruncate(file, entry.size).context(named)?;
         }
         Ok(())
@@ -387,6 +380,20 @@ fn times(entry: &Entry) -> Timestamps {
         last_access: time,
         last_modification: time,
     }
+}
+
+fn write_all(file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        match rustix::io::pwrite(file, bytes, at) {
+            Ok(written) => {
+                bytes = &bytes[written..];
+                at += written as u64;
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Removes a directory with all that is in it.

@@ -308,4 +308,15 @@ fn holes_are_kept() {
     let found = fs::metadata(to.path().join("sparse")).unwrap();
     assert_eq!(found.size(), 2 << 30);
     assert!(found.blocks() * 512 < 1 << 20);
+    // Of zeroes, and of zeroes with something between them.
+    let mut zeroes = vec![0; 8 << 20];
+    for (name, middle) in [("all", 0), ("most", 1)] {
+        zeroes[4 << 20] = middle;
+        fs::write(to.path().join("zeroes"), &zeroes).unwrap();
+        let bytes = packed(&to.path().join("zeroes"), name.as_bytes(), false);
+        unpack_into(to.path(), &STRANGERS, &bytes).unwrap();
+        let made = to.path().join(name);
+        assert!(fs::read(&made).unwrap() == zeroes);
+        assert!(fs::metadata(&made).unwrap().blocks() * 512 <= 128 << 10);
+    }
 }
