@@ -80,6 +80,9 @@ pub struct CreateArgs {
     /// Keep the writable layer in guest memory, at most so much, and not on disk
     #[arg(long, value_name = "SIZE", value_parser = size)]
     writable_memory: Option<u64>,
+    /// How its writable layer is kept: size=SIZE
+    #[arg(long, value_name = "NAME=VALUE")]
+    storage_opt: Vec<String>,
     /// Fork this template and not the default one. If a container is inside, it
     /// goes on; no IMAGE is given, and a command after -- runs beside it
     #[arg(long, value_name = "NAME")]
@@ -245,6 +248,7 @@ fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
         stop_signal: SIGTERM,
         stop_timeout: args.stop_timeout,
         writable: Layer::Disk,
+        writable_size: layer_size(&args.storage_opt)?,
         memory: args.machine.memory,
         cpus: args.machine.cpus,
         boot_timeout: args.machine.boot_timeout,
@@ -294,6 +298,9 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
         (false, Some(limit)) => Layer::Memory(limit),
         (false, None) => Layer::Disk,
     };
+    if spec.writable_size.is_some() && spec.writable != Layer::Disk {
+        bail!("--storage-opt size is for a writable layer on a disk, and this one is not");
+    }
     spec.env = terminal_env(args, config.env);
     for word in file_words(&args.env_file)?.iter().chain(&args.env) {
         set_env(&mut spec.env, word);
@@ -326,6 +333,22 @@ fn log_limits(options: &[String]) -> Result<LogLimits> {
         }
     }
     Ok(limits)
+}
+
+/// Docker's names of how a writable layer is kept.
+fn layer_size(options: &[String]) -> Result<Option<u64>> {
+    let mut size_of_layer = None;
+    for option in options {
+        match option.split_once('=') {
+            Some(("size", value)) => {
+                let bytes = size(value).map_err(anyhow::Error::msg)?;
+                crate::disk::check_size(bytes)?;
+                size_of_layer = Some(bytes);
+            }
+            _ => bail!("{option:?}: a storage option is size=SIZE"),
+        }
+    }
+    Ok(size_of_layer)
 }
 
 /// The variables of files: docker's format, a word a line, `#` before a comment.

@@ -8,6 +8,7 @@
 //! agent's events together.
 
 mod hear;
+mod task;
 
 use self::hear::Next;
 use crate::agent::{Control, Remote};

@@ -86,6 +86,7 @@ pub use vm_run_abi::protocol::{
     CONTAINER, ContainerSpec, ExitStatus, ProcessId, ProcessSpec, StartFailure, Stream, WindowSize,
     Writable,
 };
+pub use vm_run_abi::task;
 pub use vmm::{
     Cpu, Disks, Error as VmError, Host, HostError, Isolation, Moment, Timeline, VMS_PER_PROCESS,
     VmCounts,

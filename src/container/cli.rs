@@ -5,7 +5,7 @@ use super::client::Terminal;
 use super::engine::Engine;
 use super::record::{Record, Status};
 use super::wire::{Answer, Exec, Request, Window};
-use super::{logs, parse_signal, show};
+use super::{copy, inside, logs, parse_signal, show};
 use anyhow::{Result, bail};
 use clap::Subcommand;
 use fork::{Moment, Stages};
@@ -110,6 +110,29 @@ pub enum ContainerCommand {
         /// Give it none
         #[arg(long)]
         no_stdin: bool,
+        /// Its name or id
+        container: String,
+    },
+    /// Copy files between a container, running or not, and here
+    Cp(copy::CopyArgs),
+    /// Print what a container has changed of its image: C changed, A added, D deleted
+    Diff {
+        /// Its name or id
+        container: String,
+    },
+    /// Print what runs in a container
+    Top {
+        /// Its name or id
+        container: String,
+        /// Options of ps; taken, and of no effect
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+        options: Vec<String>,
+    },
+    /// Write all files of a container as a tar
+    Export {
+        /// Where to, instead of standard output
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
         /// Its name or id
         container: String,
     },
@@ -268,6 +291,12 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
                 bail!("the supervisor speaks out of turn: {answer:?}");
             }
             return session.0.attend(stream)?.0.status();
+        }
+        ContainerCommand::Cp(args) => copy::copy(&engine, &args)?,
+        ContainerCommand::Diff { container } => inside::diff(&engine, &container, &mut out)?,
+        ContainerCommand::Top { container, .. } => inside::top(&engine, &container, &mut out)?,
+        ContainerCommand::Export { output, container } => {
+            copy::export(&engine, &container, output.as_deref())?;
         }
         ContainerCommand::Stats { json, containers } => {
             stats(&engine, &containers, json)?;

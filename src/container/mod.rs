@@ -6,16 +6,20 @@
 //! directory   what belongs to one: lock, socket, disks, log
 //! supervisor  the process that owns one while it lives
 //! wire        what its clients say to it               (client: a session on a terminal)
+//! files       what is done with its files                      (copy: to and from ours)
 //! log         what it has said                         (logs: shown)
 //! ```
 
 mod capabilities;
 pub mod cli;
 mod client;
+mod copy;
 mod directory;
 mod engine;
+mod files;
 mod health;
 mod id;
+mod inside;
 mod log;
 mod logs;
 mod options;

@@ -62,6 +62,9 @@ pub struct Spec {
     pub stop_timeout: u32,
     /// Where its writes go.
     pub writable: Layer,
+    /// The size of a layer on a disk, in bytes, if it is not the usual one.
+    #[serde(default)]
+    pub writable_size: Option<u64>,
     /// Guest memory in bytes.
     pub memory: u64,
     /// Its vCPUs.

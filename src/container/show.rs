@@ -3,7 +3,7 @@
 use super::engine::Engine;
 use super::health::Health;
 use super::id;
-use super::record::{Layer, Record, RestartPolicy, State, Status};
+use super::record::{Layer, Record, RestartPolicy, Spec, State, Status};
 use super::wire::Stats;
 use anyhow::Result;
 use indicatif::HumanDuration;
@@ -54,7 +54,10 @@ pub fn table(records: &[Record], whole: bool, out: &mut impl Write) -> Result<()
 }
 
 /// Rows as columns of a width, the last one as it is.
-fn columns<const N: usize>(rows: &[[String; N]], out: &mut impl Write) -> Result<()> {
+///
+/// # Errors
+/// An output that is closed.
+pub fn columns<const N: usize>(rows: &[[String; N]], out: &mut impl Write) -> Result<()> {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
     let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or_default());
     for row in rows {
@@ -176,6 +179,7 @@ fn object(engine: &Engine, record: &Record) -> Value {
             "AutoRemove": spec.auto_remove,
             "RestartPolicy": { "Name": restart, "MaximumRetryCount": most },
             "ReadonlyRootfs": spec.writable == Layer::Nothing,
+            "StorageOpt": storage_opt(spec),
             "Memory": spec.memory,
             "NanoCpus": u64::from(spec.cpus) * 1_000_000_000,
             "LogConfig": {
@@ -200,6 +204,14 @@ fn object(engine: &Engine, record: &Record) -> Value {
         object["State"]["Health"] = health.describe();
     }
     object
+}
+
+/// Docker's, which are strings.
+fn storage_opt(spec: &Spec) -> Value {
+    match spec.writable_size {
+        Some(size) => json!({ "size": size.to_string() }),
+        None => json!({}),
+    }
 }
 
 /// What containers cost.

@@ -50,6 +50,7 @@ fn chosen_too_late(
         (args.rootfs.is_some(), "--rootfs"),
         (args.read_only, "--read-only"),
         (args.writable_memory.is_some(), "--writable-memory"),
+        (!args.storage_opt.is_empty(), "--storage-opt"),
         (
             !args.words.is_empty() && !follow_dashes(line, args.words.len()),
             "an IMAGE",

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod containers;
+mod copy;
 mod death;
 mod identity;
 mod installed;

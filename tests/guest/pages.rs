@@ -89,7 +89,7 @@ fn blocks_of(mut image: File) -> HashSet<[u8; PAGE]> {
 fn fork(template: &Template, hold: bool) -> Child {
     let blocks = variable("VM_RUN_GUEST").join("writable.blocks");
     let writable = tempfile::tempfile().expect("a file");
-    disk::write(&blocks, &writable).expect("a disk");
+    disk::write(&blocks, &writable, None).expect("a disk");
     let disks = Disks {
         root: Some(busybox_rootfs()),
         writable: Some(writable),

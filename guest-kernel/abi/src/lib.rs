@@ -15,6 +15,7 @@ pub mod doorbell;
 pub mod identity;
 pub mod options;
 pub mod protocol;
+pub mod task;
 
 /// The version of everything in this crate. The agent stores it into
 /// [`doorbell::FORK_POINT`], so that a mismatch is found before any fork.

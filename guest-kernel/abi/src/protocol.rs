@@ -29,6 +29,7 @@
 //! of the connection.
 
 use crate::options::{ContainerOptions, ProcessOptions};
+use crate::task::Task;
 use alloc::string::String;
 use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
@@ -128,6 +129,23 @@ pub enum Request {
         process: ProcessId,
         /// To what.
         size: WindowSize,
+    },
+    /// In the place of [`Request::StartContainer`]: mount the file systems, and start a
+    /// first process that runs no program and only waits to be killed, so that tasks can
+    /// be done.
+    OpenContainer {
+        /// The file systems.
+        container: ContainerSpec,
+    },
+    /// Do something in the container that is no program's: one more process, told of as
+    /// by [`Request::Exec`].
+    Task {
+        /// Its name from now on; not [`CONTAINER`].
+        id: ProcessId,
+        /// What.
+        task: Task,
+        /// The streams that the host has opened; no [`Stream::Terminal`].
+        streams: Vec<Stream>,
     },
 }
 

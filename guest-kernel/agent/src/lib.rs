@@ -8,7 +8,8 @@
 //! - [`warm`], [`names`], [`freezer`]: what a warm container has beside;
 //! - [`prepared`]: the container's first process, made before the fork point;
 //! - [`spawn`], then in the new process [`report`], [`rootfs`], [`jail`], [`user`],
-//!   [`exec`]: the way of a process of the container from the agent to its program.
+//!   [`exec`]: the way of a process of the container from the agent to its program;
+//! - [`tasks`]: what the agent itself does in a container, as one more process of it.
 //!
 //! It is a library so that a test can run the loop and start containers over
 //! any stream socket, without a virtual machine.
@@ -40,5 +41,6 @@ pub mod serve;
 pub mod spawn;
 pub mod streams;
 pub mod sys;
+pub mod tasks;
 pub mod user;
 pub mod warm;

@@ -2,6 +2,8 @@
 //! window or read from the first disk, and the writable layer over it.
 
 use crate::mounts::{self, make_directory_with, mount};
+use rustix::fd::OwnedFd;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use std::ffi::CString;
@@ -86,6 +88,36 @@ fn paths() -> Paths {
     }
 }
 
+/// What a container's root is put together of, and what is not seen in it. Each stands
+/// for its directory only: whoever looks opens it anew.
+#[derive(Debug)]
+pub struct Layers {
+    /// What the container has written.
+    pub upper: OwnedFd,
+    /// Its image.
+    pub image: OwnedFd,
+}
+
+impl Layers {
+    /// Of the root that [`mount_root`] has mounted a moment ago.
+    pub fn open() -> Result<Self, String> {
+        let paths = paths();
+        let open = |path: &str| {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let opened = rustix::fs::open(path, flags, Mode::empty());
+            opened.map_err(|e| format!("cannot open {path}: {e}"))
+        };
+        Ok(Self {
+            upper: open(&upper(&paths.layer))?,
+            image: open(&paths.image)?,
+        })
+    }
+}
+
+fn upper(layer: &str) -> String {
+    format!("{layer}/upper")
+}
+
 /// Makes the directories that [`mount_root`] mounts on.
 pub fn make_mount_points() -> Result<(), String> {
     let paths = paths();
@@ -156,7 +188,7 @@ fn mount_layer(disks: &Disks, writable: &Writable, target: &str) -> Result<(), S
 
 fn mount_overlay(paths: &Paths) -> Result<(), String> {
     let Paths { image, layer, root } = paths;
-    let (upper, work) = (format!("{layer}/upper"), format!("{layer}/work"));
+    let (upper, work) = (upper(layer), format!("{layer}/work"));
     make_upper(image, &upper)?;
     make_directory_with(&work, 0o755)?;
     let options = CString::new(format!("lowerdir={image},upperdir={upper},workdir={work}"))
@@ -167,7 +199,7 @@ fn mount_overlay(paths: &Paths) -> Result<(), String> {
 /// Makes the upper directory with owner and mode of the image's root, because
 /// the root of an overlay shows those of its upper directory.
 fn make_upper(image: &str, upper: &str) -> Result<(), String> {
-    match rustix::fs::mkdir(upper, rustix::fs::Mode::RWXU) {
+    match rustix::fs::mkdir(upper, Mode::RWXU) {
         Ok(()) => {}
         Err(Errno::EXIST) => return Ok(()),
         Err(e) => return Err(format!("cannot make {upper}: {e}")),

@@ -226,6 +226,24 @@ pub fn close_on_exec_from_3() -> io::Result<()> {
     Ok(())
 }
 
+/// Closes every descriptor from 3 on but these. Only for a process that ends by
+/// [`exit_now`] and drops nothing that it had before.
+pub fn close_from_3_but(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut kept: Vec<libc::c_uint> = kept.iter().map(|fd| fd.as_raw_fd() as _).collect();
+    kept.sort_unstable();
+    let mut first: libc::c_uint = 3;
+    for next in kept.into_iter().map(Some).chain([None]) {
+        let last = next.map_or(libc::c_uint::MAX, |fd| fd.wrapping_sub(1));
+        if first <= last {
+            // SAFETY: takes no pointers; whoever had these descriptors is not asked again.
+            let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+            check(closed as libc::c_int)?;
+        }
+        first = next.map_or(first, |fd| fd + 1);
+    }
+    Ok(())
+}
+
 /// Becomes another program; returns only the reason why not.
 pub fn exec(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {

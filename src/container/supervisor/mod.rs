@@ -10,6 +10,7 @@
 //! as its standard input, so that nothing of the first output is lost.
 
 mod life;
+mod open;
 mod probe;
 mod serve;
 mod session;
@@ -71,7 +72,7 @@ fn take_stdin() -> Result<UnixStream> {
 fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
     let directory = Directory::of(root, id);
     let Some(ownership) = directory.own(PATIENCE)? else {
-        bail!("the container runs already");
+        bail!("the container is in use: it runs, or its files are open");
     };
     let store = Store::open(root)?;
     let record = store.find(id)?;
@@ -84,6 +85,10 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
     let shared = Shared::new(store, record.clone(), Arc::clone(&farewells));
     let (attach, window) = match wire::receive(starter)? {
         Some(Request::Start { attach, window }) => (attach, window.map(Window::size)),
+        Some(Request::Open) => {
+            let mother = Mother::new(root, &record, &directory, log, farewells)?;
+            return open::hold(&mother, listener, &shared, starter, ownership);
+        }
         // Whoever wanted it has thought better of it.
         None => return Ok(()),
         Some(_) => bail!("a supervisor is started first of all"),

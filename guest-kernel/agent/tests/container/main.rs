@@ -10,6 +10,7 @@ mod cases;
 mod exec;
 mod host;
 mod options;
+mod tasks;
 mod warm;
 
 use std::process::ExitCode;
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
     let wanted = args.iter().skip(1).find(|arg| !arg.starts_with('-'));
     let images = host::Images::make();
     let mut failed = 0;
-    for (name, case) in [cases::ALL, warm::ALL, exec::ALL, options::ALL]
+    for (name, case) in [cases::ALL, warm::ALL, exec::ALL, options::ALL, tasks::ALL]
         .into_iter()
         .flatten()
     {
