@@ -18,7 +18,14 @@ const DEEPEST: usize = 1024;
 
 /// Where the guest mounts something of its own, so that nothing else is written there:
 /// empty, if it had to be made.
-const MOUNT_POINTS: [&[u8]; 5] = [b"/proc", b"/dev", b"/sys", b"/etc/hostname", b"/etc/hosts"];
+const MOUNT_POINTS: [&[u8]; 6] = [
+    b"/proc",
+    b"/dev",
+    b"/sys",
+    b"/etc/hostname",
+    b"/etc/hosts",
+    b"/etc/resolv.conf",
+];
 
 /// All differences, each directory before what is in it.
 pub fn changes(layers: &Layers) -> Result<Vec<Change>, Failed> {
