@@ -176,8 +176,6 @@ fn object(engine: &Engine, record: &Record) -> Value {
             "AutoRemove": spec.auto_remove,
             "RestartPolicy": { "Name": restart, "MaximumRetryCount": most },
             "ReadonlyRootfs": spec.writable == Layer::Nothing,
-            "Memory": spec.memory,
-            "NanoCpus": u64::from(spec.cpus) * 1_000_000_000,
             "LogConfig": {
                 "Type": "json-file",
                 "Config": {
@@ -188,6 +186,8 @@ fn object(engine: &Engine, record: &Record) -> Value {
         },
         "VmRun": {
             "Template": state.template,
+            "MachineMemory": spec.memory,
+            "MachineCpus": spec.cpus,
             "Domain": spec.domain,
             "Jail": !spec.no_jail,
             "WritableLayer": spec.writable,

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// One state directory, and what is done in it.
-struct Host(tempfile::TempDir);
+pub struct Host(tempfile::TempDir);
 
 impl Host {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self(own_root())
     }
 
@@ -17,19 +17,19 @@ impl Host {
     }
 
     /// Any command.
-    fn ran(&self, words: &[&str]) -> Ran {
+    pub fn ran(&self, words: &[&str]) -> Ran {
         Call::vm_run_in(self.root(), words).end()
     }
 
     /// One that works; what it prints.
-    fn does(&self, words: &[&str]) -> String {
+    pub fn does(&self, words: &[&str]) -> String {
         let ran = self.ran(words);
         assert_eq!(ran.status, 0, "{words:?}: {ran}");
         ran.out()
     }
 
     /// `run -d`; the id that it prints.
-    fn detached(&self, words: &[&str]) -> String {
+    pub fn detached(&self, words: &[&str]) -> String {
         let ran = Call::run_to_keep(self.root(), &[&["-d"], words].concat()).end();
         assert_eq!(ran.status, 0, "{words:?}: {ran}");
         let out = ran.out();
@@ -48,7 +48,7 @@ impl Host {
             .collect()
     }
 
-    fn wait_for(&self, what: &str, is_so: impl Fn() -> bool) {
+    pub fn wait_for(&self, what: &str, is_so: impl Fn() -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !is_so() {
             assert!(Instant::now() < deadline, "{what} does not come");

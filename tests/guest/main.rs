@@ -4,6 +4,8 @@
 mod bad_input;
 mod containers;
 mod death;
+mod differential;
+mod health;
 mod identity;
 mod installed;
 mod isolation;
