@@ -11,7 +11,7 @@ mod warm;
 use crate::args::size;
 use crate::container::cli::{Session, attend};
 use crate::container::{
-    Engine, Layer, LogLimits, Options, Record, RestartPolicy, Spec, parse_signal, set_env,
+    Engine, Keys, Layer, LogLimits, Options, Record, RestartPolicy, Spec, parse_signal, set_env,
 };
 use crate::image::{self, Access, ImageConfig, PullPolicy, Store};
 use crate::templates;
@@ -120,6 +120,9 @@ pub struct RunArgs {
     /// Write how long each stage took to this file, as JSON
     #[arg(long, value_name = "FILE", conflicts_with = "detach")]
     stages: Option<PathBuf>,
+    /// The keys that leave it alone [default: ctrl-p,ctrl-q]
+    #[arg(long, value_name = "KEYS", value_parser = Keys::parse)]
+    detach_keys: Option<Keys>,
     #[command(flatten)]
     create: CreateArgs,
 }
@@ -145,7 +148,7 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
     let spec = plan(&args.create, !args.detach, root)?;
     let (tty, interactive) = (spec.tty, args.create.interactive);
     let session = (!args.detach)
-        .then(|| Session::new(tty, interactive))
+        .then(|| Session::new(tty, interactive, args.detach_keys.clone()))
         .transpose()?;
     let record = make(&engine, &args.create, spec)?;
     let Some(session) = session else {

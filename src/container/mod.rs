@@ -16,6 +16,7 @@ mod directory;
 mod engine;
 mod health;
 mod id;
+mod keys;
 mod log;
 mod logs;
 mod options;
@@ -28,6 +29,7 @@ mod wire;
 
 pub use capabilities::normalize as normalize_capability;
 pub use engine::{Engine, Refused};
+pub use keys::Keys;
 pub use options::{HealthCheck, Memory, Options, Ulimit};
 pub use record::{Layer, LogLimits, Record, RestartPolicy, Spec};
 pub use signal::parse as parse_signal;
