@@ -2,6 +2,7 @@
 //! container.
 
 mod health;
+mod machine;
 mod options;
 mod tmpfs;
 mod ulimit;
@@ -10,13 +11,14 @@ mod warm;
 use crate::args::size;
 use crate::container::cli::{Session, attend};
 use crate::container::{
-    Engine, Layer, LogLimits, Options, Record, RestartPolicy, Spec, parse_signal, set_env,
+    Engine, Keys, Layer, LogLimits, Options, Record, RestartPolicy, Spec, parse_signal, set_env,
 };
 use crate::image::{self, Access, ImageConfig, PullPolicy, Store};
-use crate::templates::{self, MachineArgs};
+use crate::templates;
 use crate::workers::JailArgs;
 use anyhow::{Context, Result, anyhow, bail};
 use fork::Moment;
+use machine::SizeArgs;
 use options::OptionArgs;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -88,7 +90,7 @@ pub struct CreateArgs {
     #[arg(long, value_name = "NAME")]
     template: Option<String>,
     #[command(flatten)]
-    machine: MachineArgs,
+    size: SizeArgs,
     /// The trust domain: children share their template's memory only with others
     /// of the same
     #[arg(long, value_name = "NAME", default_value = fork::DEFAULT_DOMAIN)]
@@ -121,6 +123,9 @@ pub struct RunArgs {
     /// Write how long each stage took to this file, as JSON
     #[arg(long, value_name = "FILE", conflicts_with = "detach")]
     stages: Option<PathBuf>,
+    /// The keys that leave it alone [default: ctrl-p,ctrl-q]
+    #[arg(long, value_name = "KEYS", value_parser = Keys::parse)]
+    detach_keys: Option<Keys>,
     #[command(flatten)]
     create: CreateArgs,
 }
@@ -146,7 +151,7 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
     let spec = plan(&args.create, !args.detach, root)?;
     let (tty, interactive) = (spec.tty, args.create.interactive);
     let session = (!args.detach)
-        .then(|| Session::new(tty, interactive))
+        .then(|| Session::new(tty, interactive, args.detach_keys.clone()))
         .transpose()?;
     let record = make(&engine, &args.create, spec)?;
     let Some(session) = session else {
@@ -204,6 +209,10 @@ fn plan(args: &CreateArgs, is_watched: bool, root: &Path) -> Result<Spec> {
         .as_deref()
         .map(|name| templates::manifest(root, name))
         .transpose()?;
+    if let Some((name, manifest)) = args.template.as_deref().zip(manifest.as_ref()) {
+        let machine = args.size.machine_of(name, manifest)?;
+        (spec.memory, spec.cpus) = (machine.memory, machine.cpus);
+    }
     match manifest
         .as_ref()
         .and_then(|manifest| manifest.warm.as_ref())
@@ -227,6 +236,7 @@ fn plan(args: &CreateArgs, is_watched: bool, root: &Path) -> Result<Spec> {
 /// A plan that knows nothing of an image or a template yet.
 fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
     let restart = RestartPolicy::parse(&args.restart)?;
+    let machine = args.size.machine()?;
     if args.rm && restart != RestartPolicy::No {
         bail!("--rm and --restart exclude each other");
     }
@@ -249,9 +259,9 @@ fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
         stop_timeout: args.stop_timeout,
         writable: Layer::Disk,
         writable_size: layer_size(&args.storage_opt)?,
-        memory: args.machine.memory,
-        cpus: args.machine.cpus,
-        boot_timeout: args.machine.boot_timeout,
+        memory: machine.memory,
+        cpus: machine.cpus,
+        boot_timeout: machine.boot_timeout,
         domain: args.domain.clone(),
         no_jail: args.jail.no_jail,
         auto_remove: args.rm,
@@ -288,6 +298,8 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
         }
     };
     spec.options = args.options.check(&config)?;
+    spec.options.memory = args.size.memory();
+    spec.options.nano_cpus = args.size.nano_cpus();
     spec.args = command_line(args, &config, command);
     if spec.args.is_empty() {
         bail!("no command: the image names none, so give one");

@@ -3,6 +3,7 @@
 
 use super::client::Terminal;
 use super::engine::Engine;
+use super::keys::Keys;
 use super::record::{Record, Status};
 use super::wire::{Answer, Exec, Request, Window};
 use super::{copy, inside, logs, parse_signal, show};
@@ -23,6 +24,9 @@ pub enum ContainerCommand {
         /// Give it our standard input; with a single container
         #[arg(short, long)]
         interactive: bool,
+        /// The keys that leave it alone [default: ctrl-p,ctrl-q]
+        #[arg(long, value_name = "KEYS", value_parser = Keys::parse)]
+        detach_keys: Option<Keys>,
         /// Names or ids
         #[arg(required = true, value_name = "CONTAINER")]
         containers: Vec<String>,
@@ -110,6 +114,9 @@ pub enum ContainerCommand {
         /// Give it none
         #[arg(long)]
         no_stdin: bool,
+        /// The keys that leave it alone [default: ctrl-p,ctrl-q]
+        #[arg(long, value_name = "KEYS", value_parser = Keys::parse)]
+        detach_keys: Option<Keys>,
         /// Its name or id
         container: String,
     },
@@ -192,6 +199,9 @@ pub struct ExecArgs {
     /// Give it all capabilities
     #[arg(long)]
     privileged: bool,
+    /// The keys that leave it alone [default: ctrl-p,ctrl-q]
+    #[arg(long, value_name = "KEYS", value_parser = Keys::parse)]
+    detach_keys: Option<Keys>,
     /// The container's name or id
     container: String,
     /// The command
@@ -215,8 +225,9 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
         ContainerCommand::Start {
             attach,
             interactive,
+            detach_keys,
             containers,
-        } => return start(&engine, attach, interactive, &containers),
+        } => return start(&engine, attach, interactive, detach_keys, &containers),
         ContainerCommand::Stop(args) => {
             let request = stop_request(&args)?;
             return each(&engine, &args.containers, |record| {
@@ -281,11 +292,12 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
         ContainerCommand::Exec(args) => return exec(&engine, args),
         ContainerCommand::Attach {
             no_stdin,
+            detach_keys,
             container,
         } => {
             let record = engine.find(&container)?;
             let stdin = record.spec.stdin && !no_stdin;
-            let session = Session::new(record.spec.tty, stdin)?;
+            let session = Session::new(record.spec.tty, stdin, detach_keys)?;
             let (answer, stream) = engine.ask(&record, &Request::Attach { stdin })?;
             if !matches!(answer, Answer::Done) {
                 bail!("the supervisor speaks out of turn: {answer:?}");
@@ -328,8 +340,9 @@ pub struct Session(Terminal);
 impl Session {
     /// # Errors
     /// A terminal that was asked for and is not there.
-    pub fn new(tty: bool, interactive: bool) -> Result<Self> {
-        Terminal::new(tty, interactive, true).map(Self)
+    pub fn new(tty: bool, interactive: bool, keys: Option<Keys>) -> Result<Self> {
+        let terminal = Terminal::new(tty, interactive, true)?;
+        Ok(Self(terminal.left_by(keys)))
     }
 }
 
@@ -357,7 +370,13 @@ pub fn attend(engine: &Engine, record: &Record, session: Session) -> Result<Atte
     })
 }
 
-fn start(engine: &Engine, attach: bool, interactive: bool, containers: &[String]) -> Result<u8> {
+fn start(
+    engine: &Engine,
+    attach: bool,
+    interactive: bool,
+    keys: Option<Keys>,
+    containers: &[String],
+) -> Result<u8> {
     if !attach && !interactive {
         return each(engine, containers, |record| {
             // As docker has it: one that runs is as it should be.
@@ -375,7 +394,7 @@ fn start(engine: &Engine, attach: bool, interactive: bool, containers: &[String]
         bail!("container {container} runs already: attach to it");
     }
     let interactive = interactive && record.spec.stdin;
-    let session = Session::new(record.spec.tty, interactive)?;
+    let session = Session::new(record.spec.tty, interactive, keys)?;
     Ok(attend(engine, &record, session)?.status)
 }
 
@@ -427,7 +446,8 @@ fn exec(engine: &Engine, args: ExecArgs) -> Result<u8> {
     }
     let interactive = args.interactive && !args.detach;
     // Signals that reach us are ours: docker forwards none to an exec.
-    let terminal = Terminal::new(args.tty && !args.detach, interactive, args.tty)?;
+    let terminal =
+        Terminal::new(args.tty && !args.detach, interactive, args.tty)?.left_by(args.detach_keys);
     let request = Request::Exec(Exec {
         args: args.command,
         env,

@@ -20,6 +20,7 @@ mod files;
 mod health;
 mod id;
 mod inside;
+mod keys;
 mod log;
 mod logs;
 mod options;
@@ -32,6 +33,7 @@ mod wire;
 
 pub use capabilities::normalize as normalize_capability;
 pub use engine::{Engine, Refused};
+pub use keys::Keys;
 pub use options::{HealthCheck, Memory, Options, Ulimit};
 pub use record::{Layer, LogLimits, Record, RestartPolicy, Spec};
 pub use signal::parse as parse_signal;

@@ -46,6 +46,10 @@ pub struct Options {
     pub domainname: String,
     /// How much rather than others its processes are ended when memory is out.
     pub oom_score_adj: Option<i32>,
+    /// The most memory in bytes; its machine's is another matter.
+    pub memory: Option<u64>,
+    /// The most processors, in billionths.
+    pub nano_cpus: Option<u64>,
     /// The most processes.
     pub pids_limit: Option<u64>,
     /// How it is asked whether it is well.
@@ -110,12 +114,16 @@ impl HealthCheck {
     }
 }
 
+const NANO: u64 = 1_000_000_000;
+
 /// Docker's size of /dev/shm.
 const SHM_SIZE: u64 = 64 << 20;
 
 impl Options {
-    /// What the guest is told of the container.
-    pub fn container(&self) -> ContainerOptions {
+    /// What the guest, which has so many processors, is told of the container.
+    pub fn container(&self, cpus: u8) -> ContainerOptions {
+        let all = u64::from(cpus) * NANO;
+        let nano_cpus = self.nano_cpus.filter(|nano| *nano < all);
         ContainerOptions {
             privileged: self.privileged,
             init: self.init,
@@ -133,8 +141,10 @@ impl Options {
             domainname: self.domainname.clone(),
             hosts: self.hosts(),
             resolv_conf: self.resolv_conf(),
+            memory: self.memory,
+            // Of each 100 ms, in microseconds.
+            cpu_quota: nano_cpus.map(|nano| nano * 100_000 / NANO),
             pids: self.pids_limit,
-            ..ContainerOptions::default()
         }
     }
 
@@ -212,6 +222,9 @@ impl Options {
             ("DnsOptions", json!(self.dns_options)),
             ("OomScoreAdj", json!(self.oom_score_adj.unwrap_or_default())),
             ("PidsLimit", json!(self.pids_limit)),
+            // Zero is no limit.
+            ("Memory", json!(self.memory.unwrap_or_default())),
+            ("NanoCpus", json!(self.nano_cpus.unwrap_or_default())),
         ];
         for (name, value) in host {
             object["HostConfig"][name] = value;
@@ -264,7 +277,7 @@ mod tests {
     #[test]
     fn nothing_asked_for_is_nothing_told() {
         let options = Options::default();
-        assert_eq!(options.container(), ContainerOptions::default());
+        assert_eq!(options.container(1), ContainerOptions::default());
         assert_eq!(options.process(false), ProcessOptions::default());
         // A record of before has none of it.
         assert_eq!(
@@ -281,6 +294,21 @@ mod tests {
         };
         assert_eq!(options.process(false).capabilities, Some(0));
         assert_eq!(options.process(true).capabilities, Some(u64::MAX));
+    }
+
+    #[test]
+    fn a_part_of_the_processors_is_a_part_of_the_time() {
+        let quota = |nano_cpus, cpus| {
+            let options = Options {
+                nano_cpus,
+                ..Options::default()
+            };
+            options.container(cpus).cpu_quota
+        };
+        assert_eq!(quota(Some(NANO / 2), 1), Some(50_000));
+        assert_eq!(quota(Some(3 * NANO / 2), 2), Some(150_000));
+        assert_eq!(quota(Some(2 * NANO), 2), None);
+        assert_eq!(quota(None, 2), None);
     }
 
     #[test]

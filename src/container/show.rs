@@ -180,8 +180,6 @@ fn object(engine: &Engine, record: &Record) -> Value {
             "RestartPolicy": { "Name": restart, "MaximumRetryCount": most },
             "ReadonlyRootfs": spec.writable == Layer::Nothing,
             "StorageOpt": storage_opt(spec),
-            "Memory": spec.memory,
-            "NanoCpus": u64::from(spec.cpus) * 1_000_000_000,
             "LogConfig": {
                 "Type": "json-file",
                 "Config": {
@@ -192,6 +190,8 @@ fn object(engine: &Engine, record: &Record) -> Value {
         },
         "VmRun": {
             "Template": state.template,
+            "MachineMemory": spec.memory,
+            "MachineCpus": spec.cpus,
             "Domain": spec.domain,
             "Jail": !spec.no_jail,
             "WritableLayer": spec.writable,

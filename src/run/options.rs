@@ -133,6 +133,7 @@ impl OptionArgs {
                 .filter(|n| *n > 0),
             health: self.health.check(config)?,
             exposed_ports: config.exposed_ports.keys().cloned().collect(),
+            ..Options::default()
         };
         if options.hosts().len() + options.resolv_conf().len() > NAMES_MAX {
             bail!("--add-host, --dns and their like are {NAMES_MAX} bytes at most, all together");

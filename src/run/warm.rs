@@ -60,6 +60,7 @@ fn chosen_too_late(
         .into_iter()
         .find_map(|(is_given, what)| is_given.then_some(what))
         .or_else(|| args.options.given())
+        .or_else(|| args.size.given())
 }
 
 /// Whether `--` stands before the last `words` words of a command line.
@@ -134,6 +135,7 @@ mod tests {
             (&["--read-only"], "--read-only"),
             (&["--writable-memory", "1m"], "--writable-memory"),
             (&["--cap-add", "ALL"], "--cap-add"),
+            (&["-m", "64m"], "-m"),
         ];
         for (words, what) in cases {
             let error = planned(words).expect_err("is refused");

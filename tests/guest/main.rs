@@ -5,6 +5,8 @@ mod bad_input;
 mod containers;
 mod copy;
 mod death;
+mod differential;
+mod health;
 mod identity;
 mod installed;
 mod isolation;

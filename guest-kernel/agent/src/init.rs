@@ -10,11 +10,11 @@ use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::process::ExitCode;
 
 /// How it is called; the agent is never called so.
-const NAME: &str = "vm-run-init";
+const NAME: &CStr = c"vm-run-init";
 
 /// The file, open from before the root changes.
 #[derive(Debug)]
@@ -48,8 +48,8 @@ impl Init {
             return sys::reset_signals().map_err(|e| failed("reset the signals of", &e));
         };
         let program = program.as_raw_nonzero().to_string();
-        let words = [NAME, &program, "--"].into_iter();
-        let words = words.chain(args.iter().map(String::as_str));
+        let own = [NAME.to_bytes(), program.as_bytes(), b"--"];
+        let words = own.into_iter().chain(args.iter().map(String::as_bytes));
         let words: Result<Vec<CString>, _> = words.map(CString::new).collect();
         let words = words.map_err(|e| failed("name", &e))?;
         Err(failed("watch", &sys::exec_file(&self.0, &words)))
@@ -58,7 +58,7 @@ impl Init {
 
 /// Whether this process was started to be one, and of which program.
 pub fn asked(mut args: impl Iterator<Item = String>) -> Option<Pid> {
-    if args.next().as_deref() != Some(NAME) {
+    if args.next()?.as_bytes() != NAME.to_bytes() {
         return None;
     }
     Pid::from_raw(args.next()?.parse().ok()?)
@@ -66,6 +66,8 @@ pub fn asked(mut args: impl Iterator<Item = String>) -> Option<Pid> {
 
 /// Lives as long as the program. All signals are blocked, and waited for.
 pub fn live(program: Pid) -> ExitCode {
+    // For `ps`; run from a descriptor, it has the number of that.
+    rustix::thread::set_name(NAME).ok();
     loop {
         if let Some(status) = reap(program) {
             return ExitCode::from(status);
@@ -112,12 +114,12 @@ mod tests {
     #[test]
     fn only_its_own_name_asks_for_it() {
         let asked = |words: &[&str]| asked(words.iter().map(|word| (*word).to_owned()));
-        assert_eq!(asked(&[NAME, "7", "--", "sh"]), Pid::from_raw(7));
+        assert_eq!(asked(&["vm-run-init", "7", "--", "sh"]), Pid::from_raw(7));
         for other in [
             &["/init", "7"][..],
-            &[NAME],
-            &[NAME, "x"],
-            &[NAME, "0"],
+            &["vm-run-init"],
+            &["vm-run-init", "x"],
+            &["vm-run-init", "0"],
             &[],
         ] {
             assert_eq!(asked(other), None, "{other:?}");

@@ -92,6 +92,7 @@ fn boot() -> Result<(&'static ForkPoint, Server), String> {
     check_machine(has_devtmpfs)?;
 
     set_limits()?;
+    set_network_defaults()?;
     sys::loopback_up().map_err(|e| format!("cannot bring the loopback interface up: {e}"))?;
     let prepared = ForkPoint::prepare(doorbell)?;
     let fork_point = FORK_POINT.get_or_init(|| prepared);
@@ -105,6 +106,24 @@ fn set_limits() -> Result<(), String> {
             maximum: limit,
         };
         setrlimit(resource, both).map_err(|e| format!("cannot set limits: {e}"))?;
+    }
+    Ok(())
+}
+
+/// Docker's: everybody may listen on any port and send pings (moby
+/// daemon/oci_linux.go). The network is the container's own.
+fn set_network_defaults() -> Result<(), String> {
+    for (name, value) in [
+        ("ip_unprivileged_port_start", "0"),
+        ("ping_group_range", "0 2147483647"),
+    ] {
+        let path = format!("/proc/sys/net/ipv4/{name}");
+        match std::fs::write(&path, value) {
+            Ok(()) => {}
+            // A kernel without IPv4.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(format!("cannot write {path}: {e}")),
+        }
     }
     Ok(())
 }

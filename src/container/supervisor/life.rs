@@ -155,7 +155,7 @@ impl Mother {
             (None, _) => {
                 let container = ContainerSpec {
                     kept: self.spec.writable == Layer::Disk && !self.spec.auto_remove,
-                    options: self.spec.options.container(),
+                    options: self.spec.options.container(self.spec.cpus),
                     ..self.container()
                 };
                 child.start(container, first_process(&self.spec, window))?
