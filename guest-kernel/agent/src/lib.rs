@@ -38,4 +38,5 @@ pub mod spawn;
 pub mod streams;
 pub mod sys;
 pub mod user;
+pub mod volumes;
 pub mod warm;

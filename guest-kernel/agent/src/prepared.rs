@@ -13,6 +13,7 @@ use crate::report::{self, Report, Reporter};
 use crate::rootfs;
 use crate::spawn::{self, Resources, Spawned, Stdio};
 use crate::sys;
+use crate::volumes;
 use crate::warm;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
@@ -126,6 +127,7 @@ fn live(
     let root = rootfs::mount_root(&resources.disks, &container.writable)?;
     let enforced = resources.rules.enforce();
     enforced.map_err(|e| step("restrict its devices", &e))?;
+    let mut volumes = volumes::take(&resources.disks.volumes, &container.volumes)?;
     let helper = if container.warm {
         let path = &resources.helper;
         Some(std::fs::read(path).map_err(|e| step(&format!("read {path}"), &e))?)
@@ -133,7 +135,9 @@ fn live(
         None
     };
     jail::enter(&root)?;
+    volumes.place_under()?;
     let names = system.place(&hostname)?;
+    volumes.place_over()?;
     if let Some(helper) = helper {
         let listener = warm::place(&helper)?;
         let sent = reporter.warm(&listener, &names);

@@ -3,6 +3,7 @@
 
 use crate::mounts::{self, make_directory_with, mount};
 use crate::sys;
+use crate::volumes;
 use rustix::fd::AsFd;
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
@@ -24,6 +25,8 @@ pub struct Disks {
     pub window: Option<String>,
     /// For [`Writable::Disk`]: an ext4.
     pub writable: String,
+    /// The host's volumes.
+    pub volumes: volumes::Source,
 }
 
 /// A file system that the agent mounts from a disk.

@@ -9,6 +9,7 @@
 mod cases;
 mod exec;
 mod host;
+mod volumes;
 mod warm;
 
 use std::process::ExitCode;
@@ -25,7 +26,10 @@ fn main() -> ExitCode {
     let wanted = args.iter().skip(1).find(|arg| !arg.starts_with('-'));
     let images = host::Images::make();
     let mut failed = 0;
-    for (name, case) in [cases::ALL, warm::ALL, exec::ALL].into_iter().flatten() {
+    for (name, case) in [cases::ALL, warm::ALL, exec::ALL, volumes::ALL]
+        .into_iter()
+        .flatten()
+    {
         if wanted.is_some_and(|wanted| !name.contains(wanted.as_str())) {
             continue;
         }
