@@ -8,6 +8,7 @@ use crate::container::cli::{Session, attend};
 use crate::container::{Engine, Layer, LogLimits, RestartPolicy, Spec, parse_signal, set_env};
 use crate::image::{self, Access, ImageConfig, PullPolicy, Store};
 use crate::templates::{self, MachineArgs};
+use crate::volume::{self, VolumeArgs};
 use crate::workers::JailArgs;
 use anyhow::{Context, Result, bail};
 use fork::Moment;
@@ -84,6 +85,8 @@ pub struct CreateArgs {
     domain: String,
     #[command(flatten)]
     jail: JailArgs,
+    #[command(flatten)]
+    volumes: VolumeArgs,
     /// A directory or a file-system image (erofs, ext4) in the place of IMAGE
     #[arg(long, value_name = "PATH")]
     rootfs: Option<PathBuf>,
@@ -209,6 +212,7 @@ fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
         domain: args.domain.clone(),
         no_jail: args.jail.no_jail,
         auto_remove: args.rm,
+        mounts: Vec::new(),
         restart,
         log: log_limits(&args.log_opt)?,
     })
@@ -240,6 +244,13 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
             (image.config, command)
         }
     };
+    let of_image: Vec<String> = config.volumes.keys().cloned().collect();
+    spec.mounts = volume::plan(&args.volumes, &of_image)?;
+    if spec.no_jail && !spec.mounts.is_empty() {
+        bail!(
+            "volumes are served from a jail: be root and leave out --no-jail, or leave out the volumes"
+        );
+    }
     spec.args = command_line(args, &config, command);
     if spec.args.is_empty() {
         bail!("no command: the image names none, so give one");

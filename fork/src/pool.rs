@@ -250,7 +250,8 @@ impl Shared {
     fn serve(&self, request: &Request) -> Result<Option<OwnedFd>, Error> {
         match &self.place {
             Place::Workers(workers) if !request.volumes.is_empty() => {
-                workers.serve(&request.volumes).map(Some)
+                let (server, _) = workers.serve(&request.volumes)?;
+                Ok(Some(server))
             }
             Place::Workers(_) | Place::ThisProcess => Ok(None),
         }

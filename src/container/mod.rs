@@ -24,6 +24,7 @@ pub mod supervisor;
 mod wire;
 
 pub use engine::{Engine, Refused};
+pub use id::{check_name, is_id, new_id};
 pub use record::{Layer, LogLimits, RestartPolicy, Spec};
 pub use signal::parse as parse_signal;
 

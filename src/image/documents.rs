@@ -45,6 +45,13 @@ pub struct ImageConfig {
     /// Free-form.
     #[serde(rename = "Labels", deserialize_with = "or_default")]
     pub labels: BTreeMap<String, String>,
+    /// Where it wants volumes: the names count.
+    #[serde(
+        rename = "Volumes",
+        deserialize_with = "or_default",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
+    pub volumes: BTreeMap<String, serde_json::Value>,
 }
 
 /// An image's configuration: what of it decides anything here.

@@ -49,6 +49,10 @@ fn chosen_too_late(
         (args.entrypoint.is_some(), "--entrypoint"),
         (args.rootfs.is_some(), "--rootfs"),
         (args.read_only, "--read-only"),
+        (
+            args.volumes.given().is_some(),
+            args.volumes.given().unwrap_or_default(),
+        ),
         (args.writable_memory.is_some(), "--writable-memory"),
         (
             !args.words.is_empty() && !follow_dashes(line, args.words.len()),
@@ -130,6 +134,8 @@ mod tests {
             (&["--entrypoint", "sh"], "--entrypoint"),
             (&["--rootfs", "/", "--", "ls"], "--rootfs"),
             (&["--read-only"], "--read-only"),
+            (&["-v", "data:/data"], "-v"),
+            (&["--mount", "src=data,dst=/data"], "--mount"),
             (&["--writable-memory", "1m"], "--writable-memory"),
         ];
         for (words, what) in cases {

@@ -15,5 +15,6 @@ mod pages;
 mod root_window;
 mod streams;
 mod support;
+mod volumes;
 mod warm;
 mod warm_cli;

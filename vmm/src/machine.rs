@@ -233,9 +233,16 @@ impl Devices {
             lock(&self.root).kick(),
             lock(&self.writable).kick(),
             lock(&self.pmem).kick(),
-            lock(&self.volumes).kick(),
+            self.kick_volumes(),
         ]
         .contains(&true)
+    }
+
+    /// A look at queues writes to pages that were the template's. Without a server nobody
+    /// has mounted anything, so there is nothing to see.
+    fn kick_volumes(&self) -> bool {
+        let mut volumes = lock(&self.volumes);
+        volumes.device().has_server() && volumes.kick()
     }
 
     /// In the order of their windows.

@@ -223,13 +223,15 @@ impl Workers {
     ///
     /// # Errors
     /// Workers without a jail, too many volumes, or what kept the broker from its jail.
-    pub(crate) fn serve(&self, volumes: &[Volume]) -> Result<OwnedFd, Error> {
-        let socket = match self.ask(&Request::Broker)? {
-            (Reply::Spawned { .. }, Some(socket)) => socket,
+    #[doc(hidden)]
+    pub fn serve(&self, volumes: &[Volume]) -> Result<(OwnedFd, Pid), Error> {
+        let (pid, socket) = match self.ask(&Request::Broker)? {
+            (Reply::Spawned { pid }, Some(socket)) => (pid, socket),
             (other, _) => return Err(unexpected(other)),
         };
+        let pid = Pid::from_raw(pid).ok_or_else(|| unexpected(Reply::Spawned { pid }))?;
         broker::set_up(&socket, volumes)?;
-        Ok(socket)
+        Ok((socket, pid))
     }
 
     /// How many workers were started, and how many of them are gone.

@@ -125,9 +125,9 @@ fn live(
     };
     let hostname = spawn::hostname();
     let root = rootfs::mount_root(&resources.disks, &container.writable)?;
+    let mut volumes = volumes::take(&resources.disks.volumes, &container.volumes)?;
     let enforced = resources.rules.enforce();
     enforced.map_err(|e| step("restrict its devices", &e))?;
-    let mut volumes = volumes::take(&resources.disks.volumes, &container.volumes)?;
     let helper = if container.warm {
         let path = &resources.helper;
         Some(std::fs::read(path).map_err(|e| step(&format!("read {path}"), &e))?)

@@ -67,13 +67,16 @@ fn take_one(place: &str, mount: &Mount) -> Result<Volume, String> {
         ));
     }
     if mount.read_only {
-        // A mount of its own, which keeps that when it is taken.
+        // A mount of its own for a moment, which keeps that when it is taken.
         bind(&path, &path)?;
         make_read_only(&path, MountFlags::empty())?;
     }
     let failed = |e: Errno| format!("cannot take the volume of {target}: {e}");
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(CWD, &path, flags).map_err(failed)?;
+    if mount.read_only {
+        mounts::detach(&path)?;
+    }
     let found = fstat(&tree).map_err(failed)?;
     Ok(Volume {
         mount: mount.clone(),

@@ -16,7 +16,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, OwnedFd};
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
@@ -59,6 +59,8 @@ pub struct Mother {
     notices: Vec<String>,
     spec: Spec,
     directory: Directory,
+    /// The state directory.
+    root: PathBuf,
     log: SharedLog,
     farewells: Arc<Farewells>,
 }
@@ -111,6 +113,7 @@ impl Mother {
             notices,
             spec,
             directory: directory.clone(),
+            root: root.to_owned(),
             log,
             farewells,
         })
@@ -144,6 +147,7 @@ impl Mother {
             hostname: self.spec.hostname.clone(),
             disks: self.disks()?,
             domain: self.spec.domain.clone(),
+            volumes: self.volumes()?,
             ..ForkSpec::default()
         })?;
         let process = match (self.template().warm(), self.spec.args.is_empty()) {
@@ -155,6 +159,9 @@ impl Mother {
                         Layer::Nothing => Writable::Nothing,
                     },
                     kept: self.spec.writable == Layer::Disk && !self.spec.auto_remove,
+                    volumes: (self.spec.mounts.iter().enumerate())
+                        .map(|(number, mount)| mount.in_guest(number))
+                        .collect(),
                     ..ContainerSpec::default()
                 };
                 child.start(container, first_process(&self.spec, window))?
@@ -196,6 +203,11 @@ impl Mother {
             is_paused: false,
             farewells: Arc::clone(&self.farewells),
         })
+    }
+
+    fn volumes(&self) -> Result<Vec<fork::Volume>> {
+        let mounts = self.spec.mounts.iter();
+        mounts.map(|mount| mount.open(&self.root)).collect()
     }
 
     fn disks(&self) -> Result<Disks> {

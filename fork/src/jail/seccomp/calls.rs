@@ -212,6 +212,15 @@ fn sockets() -> Vec<Call> {
         always(ALL, libc::SYS_sendmsg),
         always(IO, libc::SYS_recvfrom),
         always(IO, libc::SYS_sendto),
+        // That the volumes' server is at a socket for packets.
+        when(
+            MAIN,
+            libc::SYS_getsockopt,
+            vec![vec![
+                Check::Is(1, libc::SOL_SOCKET as u32),
+                Check::Is(2, libc::SO_TYPE as u32),
+            ]],
+        ),
         // A connection that the guest ends, or the device's reset.
         always(ALL, libc::SYS_shutdown),
     ]

@@ -5,7 +5,7 @@ use super::{Outcome, Server};
 use crate::volumes::wire::{Answer, DATA_MAX, Request};
 use rustix::fd::OwnedFd;
 use rustix::fs::{
-    FallocateFlags, FileType, Mode, OFlags, SeekFrom, fallocate, fchmod, fdatasync, fsync, open,
+    CWD, FallocateFlags, FileType, Mode, OFlags, SeekFrom, fallocate, fchmod, fdatasync, fsync,
     openat, seek,
 };
 use rustix::io::{Errno, pread, pwrite};
@@ -52,7 +52,7 @@ impl Server {
             _ => return Err(Errno::NXIO),
         }
         let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        open(self.path(fd), flags, Mode::empty())
+        openat(CWD, self.path(fd), flags, Mode::empty())
     }
 
     /// Makes a file and opens it, or opens what is there.
@@ -74,7 +74,7 @@ impl Server {
         match made {
             Ok(file) => {
                 let flags = OFlags::PATH | OFlags::CLOEXEC;
-                let node = open(self.path(&file), flags, Mode::empty())?;
+                let node = openat(CWD, self.path(&file), flags, Mode::empty())?;
                 let entry = self.nodes.tell(node)?;
                 Ok(entry.bytes(&self.opened(file)?.0))
             }
