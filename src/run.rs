@@ -15,6 +15,7 @@ use crate::container::{
 };
 use crate::image::{self, Access, ImageConfig, PullPolicy, Store};
 use crate::templates;
+use crate::volume::{self, VolumeArgs};
 use crate::workers::JailArgs;
 use anyhow::{Context, Result, anyhow, bail};
 use fork::Moment;
@@ -97,6 +98,8 @@ pub struct CreateArgs {
     domain: String,
     #[command(flatten)]
     jail: JailArgs,
+    #[command(flatten)]
+    volumes: VolumeArgs,
     /// A directory or a file-system image (erofs, ext4) in the place of IMAGE
     #[arg(long, value_name = "PATH")]
     rootfs: Option<PathBuf>,
@@ -265,6 +268,7 @@ fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
         domain: args.domain.clone(),
         no_jail: args.jail.no_jail,
         auto_remove: args.rm,
+        mounts: Vec::new(),
         restart,
         log: log_limits(&args.log_opt)?,
         options: Options::default(),
@@ -300,6 +304,13 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
     spec.options = args.options.check(&config)?;
     spec.options.memory = args.size.memory();
     spec.options.nano_cpus = args.size.nano_cpus();
+    let of_image: Vec<String> = config.volumes.keys().cloned().collect();
+    spec.mounts = volume::plan(&args.volumes, &of_image)?;
+    if spec.no_jail && !spec.mounts.is_empty() {
+        bail!(
+            "volumes are served from a jail: be root and leave out --no-jail, or leave out the volumes"
+        );
+    }
     spec.args = command_line(args, &config, command);
     if spec.args.is_empty() {
         bail!("no command: the image names none, so give one");

@@ -64,6 +64,8 @@ pub struct Child {
     root: Option<File>,
     /// Whether its VM stops, or has stopped, at the identity.
     is_held: bool,
+    /// A template of it would have to have them too.
+    has_volumes: bool,
 }
 
 /// A process in a child, seen from the host.
@@ -89,6 +91,7 @@ impl Child {
         template: Arc<TemplateInfo>,
         root: Option<File>,
         is_held: bool,
+        has_volumes: bool,
     ) -> Self {
         let fork = machine.timeline();
         let container = template.warm.clone().unwrap_or_default();
@@ -113,6 +116,7 @@ impl Child {
             container,
             root,
             is_held,
+            has_volumes,
         }
     }
 
@@ -159,6 +163,11 @@ impl Child {
         if container.warm && container.writable == Writable::Disk {
             return Err(Error::Request(
                 "a warm container cannot have its writable layer on a disk, which its children would not have: keep it in guest memory",
+            ));
+        }
+        if container.warm && self.has_volumes {
+            return Err(Error::Request(
+                "a warm container cannot have volumes, which its children would not have",
             ));
         }
         self.expect_fresh(Kind::Bare, "has a container inside: attach to it")?;
@@ -268,6 +277,11 @@ impl Child {
     /// gone in any case.
     pub fn freeze(mut self, image: &str) -> Result<Template, Error> {
         self.expect(Phase::Started, "has no container to freeze")?;
+        if self.has_volumes {
+            return Err(Error::Request(
+                "a child with volumes cannot be frozen: its children would not have them",
+            ));
+        }
         let Some(control) = &mut self.control else {
             return Err(Error::State("has no agent to freeze it"));
         };

@@ -67,6 +67,9 @@ pub enum ContainerCommand {
         /// End those that run
         #[arg(short, long)]
         force: bool,
+        /// Remove their volumes that have no name, too
+        #[arg(short, long)]
+        volumes: bool,
         /// Names or ids
         #[arg(required = true, value_name = "CONTAINER")]
         containers: Vec<String>,
@@ -260,8 +263,18 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
                 writeln!(out, "{}", engine.wait(&engine.find(&wanted)?)?)?;
             }
         }
-        ContainerCommand::Rm { force, containers } => {
-            return each(&engine, &containers, |record| engine.remove(record, force));
+        ContainerCommand::Rm {
+            force,
+            volumes,
+            containers,
+        } => {
+            return each(&engine, &containers, |record| {
+                engine.remove(record, force)?;
+                if volumes {
+                    engine.remove_anonymous_volumes(record)?;
+                }
+                Ok(())
+            });
         }
         ContainerCommand::Prune { force } => return prune(&engine, force),
         ContainerCommand::Rename { container, name } => {

@@ -5,6 +5,7 @@ use super::record::{Layer, Record, Spec, State, Status};
 use super::store::Store;
 use super::wire::{self, Answer, Request, Window};
 use super::{LOG, ROOT, WRITABLE, id};
+use crate::volume::Store as Volumes;
 use crate::{disk, guest, templates};
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -75,6 +76,7 @@ impl Engine {
         if record.spec.hostname.is_empty() {
             record.spec.hostname = id::short(&record.id).to_owned();
         }
+        let volumes = Volumes::of(&self.root).make_for(&record.spec.mounts)?;
         let (directory, ownership) =
             Directory::make(&self.root, &record.id, |dir| fill(dir, &record.spec))?;
         if let Err(error) = self.store.insert(&record) {
@@ -83,7 +85,21 @@ impl Engine {
             }
             return Err(error);
         }
+        volumes.keep();
         Ok(record)
+    }
+
+    /// Removes the volumes of a container that is gone which have no name.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn remove_anonymous_volumes(&self, record: &Record) -> Result<()> {
+        Volumes::of(&self.root).remove_anonymous(&record.spec.mounts, || {
+            let all = self.store.list()?.into_iter();
+            Ok(all
+                .map(|record| (record.name, record.spec.mounts))
+                .collect())
+        })
     }
 
     fn free_name(&self) -> Result<String> {
@@ -303,7 +319,11 @@ impl Engine {
             return Ok(());
         }
         self.remove_directory(record)?;
-        self.store.remove(&record.id)
+        self.store.remove(&record.id)?;
+        if record.spec.auto_remove {
+            self.remove_anonymous_volumes(record)?;
+        }
+        Ok(())
     }
 
     /// After a start that failed: removes a container that is to be removed when it
@@ -335,6 +355,12 @@ impl Engine {
     pub fn rename(&self, record: &Record, name: &str) -> Result<()> {
         id::check_name(name)?;
         self.store.rename(&record.id, name)
+    }
+
+    /// Docker's objects for what of the host's it sees.
+    pub fn mounts(&self, record: &Record) -> Vec<serde_json::Value> {
+        let mounts = record.spec.mounts.iter();
+        mounts.map(|mount| mount.object(&self.root)).collect()
     }
 
     /// Where its log is.

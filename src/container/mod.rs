@@ -33,6 +33,7 @@ mod wire;
 
 pub use capabilities::normalize as normalize_capability;
 pub use engine::{Engine, Refused};
+pub use id::{check_name, is_id, new_id};
 pub use keys::Keys;
 pub use options::{HealthCheck, Memory, Options, Ulimit};
 pub use record::{Layer, LogLimits, Record, RestartPolicy, Spec};

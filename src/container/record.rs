@@ -3,6 +3,7 @@
 use super::health::Health;
 use super::options::Options;
 use crate::templates::MachineArgs;
+use crate::volume::Mount;
 use anyhow::{Result, bail};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -77,6 +78,9 @@ pub struct Spec {
     pub no_jail: bool,
     /// Whether it is removed when it ends.
     pub auto_remove: bool,
+    /// What of the host's it sees.
+    #[serde(default)]
+    pub mounts: Vec<Mount>,
     /// Whether it is started again when it ends.
     #[serde(default)]
     pub restart: RestartPolicy,

@@ -175,6 +175,7 @@ fn object(engine: &Engine, record: &Record) -> Value {
             "StopSignal": spec.stop_signal.to_string(),
             "StopTimeout": spec.stop_timeout,
         },
+        "Mounts": engine.mounts(record),
         "HostConfig": {
             "AutoRemove": spec.auto_remove,
             "RestartPolicy": { "Name": restart, "MaximumRetryCount": most },

@@ -57,6 +57,13 @@ pub struct ImageConfig {
     #[serde(rename = "ExposedPorts", deserialize_with = "or_default")]
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub exposed_ports: BTreeMap<String, serde_json::Value>,
+    /// Where it wants volumes: the names count.
+    #[serde(
+        rename = "Volumes",
+        deserialize_with = "or_default",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
+    pub volumes: BTreeMap<String, serde_json::Value>,
 }
 
 /// Docker's health check of an image; times in nanoseconds, zero for what is not said.

@@ -49,6 +49,10 @@ fn chosen_too_late(
         (args.entrypoint.is_some(), "--entrypoint"),
         (args.rootfs.is_some(), "--rootfs"),
         (args.read_only, "--read-only"),
+        (
+            args.volumes.given().is_some(),
+            args.volumes.given().unwrap_or_default(),
+        ),
         (args.writable_memory.is_some(), "--writable-memory"),
         (!args.storage_opt.is_empty(), "--storage-opt"),
         (
@@ -133,6 +137,8 @@ mod tests {
             (&["--entrypoint", "sh"], "--entrypoint"),
             (&["--rootfs", "/", "--", "ls"], "--rootfs"),
             (&["--read-only"], "--read-only"),
+            (&["-v", "data:/data"], "-v"),
+            (&["--mount", "src=data,dst=/data"], "--mount"),
             (&["--writable-memory", "1m"], "--writable-memory"),
             (&["--cap-add", "ALL"], "--cap-add"),
             (&["-m", "64m"], "-m"),

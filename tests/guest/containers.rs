@@ -190,11 +190,15 @@ fn clients_attach_and_leave_and_names_are_unique() {
     );
     let mut first = Call::vm_run_in(host.root(), &["attach", "cat"]).start();
     let mut second = Call::vm_run_in(host.root(), &["attach", "--no-stdin", "cat"]).start();
-    // Both are there before anything is said.
-    std::thread::sleep(Duration::from_secs(1));
     first.say("hello");
     first.expect("hello");
-    second.expect("hello");
+    // Whoever comes late misses what was said before.
+    let deadline = Instant::now() + PATIENCE;
+    while !second.has("hello again") {
+        assert!(Instant::now() < deadline, "it hears nothing");
+        first.say("hello again");
+        std::thread::sleep(Duration::from_millis(200));
+    }
     let killed = host.does(&["kill", "-s", "TERM", "cat"]);
     assert_eq!(killed, "cat\n");
     // PID 1 of a namespace that does not ask for a signal does not get it.

@@ -18,5 +18,6 @@ mod pages;
 mod root_window;
 mod streams;
 mod support;
+mod volumes;
 mod warm;
 mod warm_cli;

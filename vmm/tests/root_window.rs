@@ -99,6 +99,7 @@ fn a_child_finds_its_image_in_the_window_and_changes_nothing() {
     let fork = |root: Option<&File>, map_root| {
         let (events, told) = sink();
         let birth = Birth {
+            volumes: None,
             disks: Disks {
                 root: root.map(|file| file.try_clone().expect("a descriptor")),
                 writable: None,

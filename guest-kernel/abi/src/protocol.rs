@@ -242,6 +242,26 @@ pub struct ContainerSpec {
     pub kept: bool,
     /// What differs from every other container.
     pub options: ContainerOptions,
+    /// The volumes that the host serves this child, each with its place.
+    pub volumes: Vec<Mount>,
+}
+
+/// The tag of the virtio-fs on which the host serves volumes. Its root has a directory or
+/// a file for each, by number: `0`, `1`, ...
+pub const VOLUMES_TAG: &str = "volumes";
+
+/// A volume in its place.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// The volume's number.
+    pub volume: u32,
+    /// Where the container finds it: an absolute path, of which links lead nowhere else
+    /// than in the container. Made if it is not there.
+    pub target: String,
+    /// Whether the container may not change it.
+    pub read_only: bool,
+    /// Whether an empty volume first gets a copy of what the image has there.
+    pub copy_up: bool,
 }
 
 /// The writable layer of a container.

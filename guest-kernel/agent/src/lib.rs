@@ -43,4 +43,5 @@ pub mod streams;
 pub mod sys;
 pub mod tasks;
 pub mod user;
+pub mod volumes;
 pub mod warm;

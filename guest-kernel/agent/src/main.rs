@@ -8,7 +8,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::OnceLock;
 use std::time::Duration;
-use vm_run_abi::protocol::PORT;
+use vm_run_abi::protocol::{PORT, VOLUMES_TAG};
 use vm_run_agent::devices::Rules;
 use vm_run_agent::doorbell::Doorbell;
 use vm_run_agent::freezer::Freezer;
@@ -17,6 +17,7 @@ use vm_run_agent::prepared::Prepared;
 use vm_run_agent::rootfs::{self, Disks};
 use vm_run_agent::serve::{Done, Server};
 use vm_run_agent::spawn::Resources;
+use vm_run_agent::volumes::Source;
 use vm_run_agent::{check, init, mounts, sys};
 
 /// The limits that a container inherits: what docker's daemon runs with. The
@@ -155,6 +156,10 @@ fn prepare_server() -> Result<Server, String> {
                 None
             }),
             writable: WRITABLE.to_owned(),
+            volumes: Source {
+                kind: "virtiofs".to_owned(),
+                name: VOLUMES_TAG.to_owned(),
+            },
         },
         freezer: Freezer::open(cgroup.as_fd())
             .map_err(|e| format!("cannot open the container's freezer: {e}"))?,

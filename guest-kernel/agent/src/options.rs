@@ -63,9 +63,6 @@ pub fn complete(options: &ContainerOptions) -> Result<(), Failure> {
     if let Some(size) = options.shm_size {
         resize_shm(size)?;
     }
-    for tmpfs in &options.tmpfs {
-        mount_tmpfs(tmpfs)?;
-    }
     Ok(())
 }
 
@@ -78,7 +75,7 @@ fn resize_shm(size: u64) -> Result<(), Failure> {
 
 /// As docker's runtime does: a directory that is there gives its mode, unless another
 /// is asked for.
-fn mount_tmpfs(tmpfs: &Tmpfs) -> Result<(), Failure> {
+pub fn mount_tmpfs(tmpfs: &Tmpfs) -> Result<(), Failure> {
     let path = &tmpfs.path;
     let mut data = match fs::metadata(path) {
         Ok(found) => format!("mode={:o}", found.permissions().mode() & 0o7777),

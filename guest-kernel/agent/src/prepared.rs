@@ -15,6 +15,7 @@ use crate::report::{self, Report, Reporter};
 use crate::rootfs::{self, Layers};
 use crate::spawn::{self, Resources, Spawned, Stdio};
 use crate::sys;
+use crate::volumes;
 use crate::warm;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
@@ -129,6 +130,11 @@ fn live(
     let root = rootfs::mount_root(&resources.disks, &container)?;
     let sent = reporter.layers(&Layers::open()?);
     sent.map_err(|e| step("report", &e))?;
+    let mut volumes = volumes::take(
+        &resources.disks.volumes,
+        &container.volumes,
+        &container.options.tmpfs,
+    )?;
     let wanted = &container.options;
     if !wanted.privileged {
         let enforced = resources.rules.enforce();
@@ -143,8 +149,10 @@ fn live(
         None
     };
     jail::enter(&root)?;
+    volumes.place_under()?;
     let names = system.place(&hostname, wanted)?;
     options::complete(wanted)?;
+    volumes.place_over()?;
     if let Some(helper) = helper {
         let listener = warm::place(&helper)?;
         let sent = reporter.warm(&listener, &names);

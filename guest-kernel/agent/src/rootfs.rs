@@ -2,6 +2,7 @@
 //! window or read from the first disk, and the writable layer over it.
 
 use crate::mounts::{self, make_directory_with, mount};
+use crate::volumes;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -22,6 +23,8 @@ pub struct Disks {
     pub window: Option<String>,
     /// For [`Writable::Disk`]: an ext4.
     pub writable: String,
+    /// The host's volumes.
+    pub volumes: volumes::Source,
 }
 
 /// The block device of the root window, and what shows that it can be mapped.

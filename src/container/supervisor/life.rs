@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, OwnedFd};
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 use std::time::Duration;
@@ -62,6 +62,8 @@ pub struct Mother {
     notices: Vec<String>,
     spec: Spec,
     directory: Directory,
+    /// The state directory.
+    root: PathBuf,
     log: SharedLog,
     farewells: Arc<Farewells>,
 }
@@ -121,6 +123,7 @@ impl Mother {
             notices,
             spec,
             directory: directory.clone(),
+            root: root.to_owned(),
             log,
             farewells,
         })
@@ -203,6 +206,7 @@ impl Mother {
             hostname: self.spec.hostname.clone(),
             disks: self.disks()?,
             domain: self.spec.domain.clone(),
+            volumes: self.volumes()?,
             ..ForkSpec::default()
         })?)
     }
@@ -215,6 +219,9 @@ impl Mother {
                 Layer::Memory(limit) => Writable::Memory { limit },
                 Layer::Nothing => Writable::Nothing,
             },
+            volumes: (self.spec.mounts.iter().enumerate())
+                .map(|(number, mount)| mount.in_guest(number))
+                .collect(),
             ..ContainerSpec::default()
         }
     }
@@ -237,6 +244,11 @@ impl Mother {
             is_paused: false,
             farewells: Arc::clone(&self.farewells),
         })
+    }
+
+    fn volumes(&self) -> Result<Vec<fork::Volume>> {
+        let mounts = self.spec.mounts.iter();
+        mounts.map(|mount| mount.open(&self.root)).collect()
     }
 
     fn disks(&self) -> Result<Disks> {

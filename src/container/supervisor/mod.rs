@@ -19,9 +19,10 @@ use self::life::{Life, Mother};
 use self::serve::{Now, Shared};
 use self::session::{Client, Farewells, Session, SharedLog};
 use super::directory::{Directory, Ownership};
+use super::engine::Engine;
 use super::health::Health;
 use super::log::Log;
-use super::record::Status;
+use super::record::{Record, Status};
 use super::store::Store;
 use super::wire::{self, Answer, Request, Window};
 use anyhow::{Context, Result, bail};
@@ -30,7 +31,7 @@ use jiff::Timestamp;
 use rustix::fd::AsFd;
 use std::fs::File;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -96,6 +97,7 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
     serve::listen(listener, &shared)?;
     serve::heed_signals(&shared)?;
     let supervisor = Supervisor {
+        root: root.to_owned(),
         shared,
         farewells: Arc::clone(&farewells),
         log: Arc::clone(&log),
@@ -109,6 +111,8 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
 }
 
 struct Supervisor {
+    /// The state directory.
+    root: PathBuf,
     shared: Arc<Shared>,
     farewells: Arc<Farewells>,
     log: SharedLog,
@@ -236,6 +240,15 @@ impl Supervisor {
         })
     }
 
+    /// Of a container that is gone: the volumes that nobody gave a name.
+    fn remove_volumes(&self) -> Result<()> {
+        let record = self.shared.read(Record::clone);
+        if record.spec.mounts.is_empty() {
+            return Ok(());
+        }
+        Engine::open(&self.root)?.remove_anonymous_volumes(&record)
+    }
+
     /// The end for good: the record first, then the lock, then whoever waits.
     fn end(&self, directory: &Directory, ownership: Ownership, ended: Result<Ended>) -> Result<()> {
         life::finish(&self.log);
@@ -261,6 +274,7 @@ impl Supervisor {
             directory
                 .remove(ownership)
                 .and_then(|()| self.shared.forget())
+                .and_then(|()| self.remove_volumes())
         } else {
             drop(ownership);
             Ok(())

@@ -11,6 +11,7 @@ mod exec;
 mod host;
 mod options;
 mod tasks;
+mod volumes;
 mod warm;
 
 use std::process::ExitCode;
@@ -30,10 +31,15 @@ fn main() -> ExitCode {
     let wanted = args.iter().skip(1).find(|arg| !arg.starts_with('-'));
     let images = host::Images::make();
     let mut failed = 0;
-    for (name, case) in [cases::ALL, warm::ALL, exec::ALL, options::ALL, tasks::ALL]
-        .into_iter()
-        .flatten()
-    {
+    let all = [
+        cases::ALL,
+        warm::ALL,
+        exec::ALL,
+        options::ALL,
+        tasks::ALL,
+        volumes::ALL,
+    ];
+    for (name, case) in all.into_iter().flatten() {
         if wanted.is_some_and(|wanted| !name.contains(wanted.as_str())) {
             continue;
         }
