@@ -21,5 +21,8 @@ fuzz_target!(|input: (bool, &[u8])| {
     let directory = File::open(&inside).expect("it is there");
     // A refusal is as good as an archive.
     unpack(directory.as_fd(), &how, &mut TarReader::new(Plain(bytes))).ok();
-    assert_eq!(fs::read_dir(outside.path()).expect("it is there").count(), 1);
+    assert_eq!(
+        fs::read_dir(outside.path()).expect("it is there").count(),
+        1
+    );
 });

@@ -240,3 +240,67 @@ impl Write for Input<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A task, and a supervisor that says these frames of it.
+    fn errand(frames: &[Frame]) -> (Errand, UnixStream) {
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        for frame in frames {
+            wire::send_frame(&mut theirs, frame).expect("sent");
+        }
+        (Errand::new(ours), theirs)
+    }
+
+    fn ended(status: u8, why: &str) -> Frame {
+        let why = why.to_owned();
+        Frame::Ended { status, why }
+    }
+
+    #[test]
+    fn what_a_task_says_is_read_to_its_end() {
+        let pieces = [&b"one "[..], b"", b"two"].map(|piece| Frame::Stdout(piece.to_vec()));
+        let [one, none, two] = pieces;
+        let (mut errand, _theirs) = errand(&[one, none, two, ended(0, "")]);
+        let mut text = String::new();
+        errand.read_to_string(&mut text).expect("read");
+        assert_eq!(text, "one two");
+        errand.finish().expect("it has ended well");
+    }
+
+    #[test]
+    fn failures_are_told_in_one_line_that_does_nothing_to_a_terminal() {
+        let complaint = Frame::Stderr(b"no \x1b[2J such\nfile\n".to_vec());
+        let unread = Frame::Stdout(vec![7; 100]);
+        let (failed, _theirs) = errand(&[unread, complaint, ended(TASK_NOT_FOUND, "")]);
+        let error = failed.finish().expect_err("it has failed");
+        assert_eq!(error.to_string(), "no \\u{1b}[2J such\\nfile");
+        assert!(TaskFailed::is_not_found(&error));
+        let (killed, _theirs) = errand(&[ended(137, "it was killed")]);
+        let error = killed.finish().expect_err("it has failed");
+        assert_eq!(error.to_string(), "it was killed");
+        let (silent, _theirs) = errand(&[ended(1, "")]);
+        let error = silent.finish().expect_err("it has failed");
+        assert!(error.to_string().contains("status 1") && !TaskFailed::is_not_found(&error));
+        let (alone, theirs) = errand(&[]);
+        drop(theirs);
+        alone.finish().expect_err("nobody is there");
+    }
+
+    #[test]
+    fn a_task_that_has_failed_is_given_no_more() {
+        let (mut errand, mut theirs) = errand(&[]);
+        let mut input = errand.input();
+        input.write_all(&[7; 3 * PIECE / 2]).expect("taken");
+        let complaint = Frame::Stderr(b"full\n".to_vec());
+        wire::send_frame(&mut theirs, &complaint).expect("sent");
+        let refused = input.write_all(b"more").expect_err("refused");
+        assert_eq!(refused.kind(), io::ErrorKind::BrokenPipe);
+        let sent = [PIECE, PIECE / 2].map(|length| Some(Frame::Input(vec![7; length])));
+        for frame in sent {
+            assert_eq!(wire::receive_frame(&mut theirs).expect("received"), frame);
+        }
+    }
+}
