@@ -401,8 +401,8 @@ fn fill(dir: &Path, spec: &Spec) -> Result<()> {
     if spec.writable == Layer::Disk {
         let empty = guest::find(&guest::GuestArgs::default())?.writable;
         let path = dir.join(WRITABLE);
-        let file =
-            fs::File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        let file = fs::File::create_new(&path)
+            .with_context(|| format!("cannot make {}", path.display()))?;
         disk::write(&empty, &file, spec.writable_size)?;
         if !spec.auto_remove {
             file.sync_all()

@@ -154,7 +154,7 @@ fn archives_go_by_standard_streams() {
 fn what_was_changed_and_what_runs_is_told() {
     let host = Host::new();
     let script = "echo x >> /etc/passwd; rm /etc/group; rm -r /home; mkdir /home; touch /home/new;
-        echo ready; sleep 1234";
+        echo ready; sleep 1234; true";
     host.detached(&["--name", "box", "busybox", "sh", "-c", script]);
     host.wait_for("its first word", || {
         host.does(&["logs", "box"]) == "ready\n"
