@@ -130,6 +130,10 @@ pub fn has_its_volumes_and_no_more() {
     assert_eq!(names, ["0", "1", "2"]);
     let mounts = fs::read_to_string(format!("/proc/{pid}/mounts")).expect("reads");
     assert_eq!(mounts.lines().count(), 4, "{mounts}");
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).expect("reads");
+    for tie in ["shared:", "master:"] {
+        assert!(!mounts.contains(tie), "{mounts}");
+    }
     assert!(descriptors(pid).len() <= 6, "{:?}", descriptors(pid));
     // Nothing leads out of the root, and nothing is made in it.
     assert_eq!(guest.lookup(ROOT, "3"), Err(ENOENT));

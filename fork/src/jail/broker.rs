@@ -7,8 +7,8 @@ use crate::volumes::Volume;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, mkdir, mknodat, open, rmdir};
 use rustix::mount::{
-    MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_remount, move_mount,
-    open_tree, unmount,
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
+    mount_change, mount_remount, move_mount, open_tree, unmount,
 };
 use rustix::process::{chdir, umask};
 use std::fs;
@@ -81,6 +81,9 @@ fn put_together(trees: Vec<Tree>) -> Result<(), Error> {
     for (number, tree) in trees.iter().enumerate() {
         tree.put(&number.to_string())?;
     }
+    // What is mounted on the host from now on is not to appear in a volume, and writable.
+    let alone = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    mount_change(".", alone).map_err(Error::call("mount --make-rprivate"))?;
     let read_only: Vec<usize> = (0..trees.len())
         .filter(|&number| trees[number].read_only)
         .collect();
