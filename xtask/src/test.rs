@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// How long the guest tests may take. On hardware they take a minute.
-const GUEST_TESTS_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+const GUEST_TESTS_TIMEOUT: Duration = Duration::from_secs(40 * 60);
 
 /// `cargo xtask test`
 #[derive(clap::Args)]

@@ -2,7 +2,7 @@
 //! nothing where nothing is asked for.
 
 use crate::exec::Failure;
-use crate::mounts::{make_directory, mount};
+use crate::mounts::{make_directory, make_read_only, mount};
 use crate::privileged;
 use crate::sys;
 use rustix::fd::BorrowedFd;
@@ -93,8 +93,19 @@ pub fn mount_tmpfs(tmpfs: &Tmpfs) -> Result<(), Failure> {
     }
     let data = CString::new(data)
         .map_err(|_| Failure::other(format!("the options of {path} contain a zero byte")))?;
-    let flags = MountFlags::from_bits_retain(tmpfs.flags);
+    let flags = MountFlags::from_bits_retain(tmpfs.flags) - MountFlags::RDONLY;
     Ok(mount("tmpfs", path, "tmpfs", flags, &data)?)
+}
+
+/// Whether it is to be [locked](lock_tmpfs).
+pub fn is_read_only(tmpfs: &Tmpfs) -> bool {
+    MountFlags::from_bits_retain(tmpfs.flags).contains(MountFlags::RDONLY)
+}
+
+/// Makes a file system in memory read-only.
+pub fn lock_tmpfs(tmpfs: &Tmpfs) -> Result<(), Failure> {
+    let flags = MountFlags::from_bits_retain(tmpfs.flags);
+    Ok(make_read_only(&tmpfs.path, flags)?)
 }
 
 /// Limits this process, while it may still set any limit.

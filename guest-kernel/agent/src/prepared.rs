@@ -149,10 +149,12 @@ fn live(
         None
     };
     jail::enter(&root)?;
+    let read_only = volumes.read_only();
     volumes.place_under()?;
     let names = system.place(&hostname, wanted)?;
     options::complete(wanted)?;
     volumes.place_over()?;
+    read_only.iter().try_for_each(options::lock_tmpfs)?;
     if let Some(helper) = helper {
         let listener = warm::place(&helper)?;
         let sent = reporter.warm(&listener, &names);
