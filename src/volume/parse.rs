@@ -256,12 +256,13 @@ mod tests {
             let text = crate::line(&error);
             assert!(text.contains(says) && !text.contains('\n'), "{text}");
         }
-        assert!(planned(&["a:/v"], &["src=b,dst=/v/"], &[]).is_err());
+        let twice = planned(&["data:/v"], &["src=more,dst=/v/"], &[]).expect_err("twice");
+        assert!(crate::line(&twice).contains("/v"), "{twice:#}");
         let many: Vec<String> = (0..=fork::VOLUMES_MAX)
-            .map(|n| format!("a:/v{n}"))
+            .map(|n| format!("data:/v{n}"))
             .collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
-        let error = planned(&many, &[], &[]).expect_err("too many").to_string();
+        let error = crate::line(&planned(&many, &[], &[]).expect_err("too many"));
         assert!(error.contains("at most 64 volumes"), "{error}");
     }
 
