@@ -52,7 +52,12 @@ fn a_container_is_as_well_as_its_probes_say() {
         "1000",
     ];
     host.detached(&[&slow[..], &rest].concat());
-    let log = || inspect(&host, "slow")["State"]["Health"]["Log"][0].take();
+    let log = || {
+        inspect(&host, "slow")["State"]["Health"]["Log"]
+            .get(0)
+            .cloned()
+            .unwrap_or_default()
+    };
     host.wait_for("a probe's end", || !log().is_null());
     assert_eq!(log()["ExitCode"], -1);
     let said = log()["Output"].take();
