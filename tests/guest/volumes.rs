@@ -64,7 +64,9 @@ fn what_a_container_makes_belongs_to_its_user_on_the_host() {
 #[test]
 fn files_are_the_same_on_both_sides_however_large_or_many() {
     let dir = directory();
-    let data: Vec<u8> = (0..1_048_576_u32).map(|n| (n * n >> 7) as u8).collect();
+    let data: Vec<u8> = (0..1_048_576_u32)
+        .map(|n| (n.wrapping_mul(n) >> 7) as u8)
+        .collect();
     fs::write(dir.path().join("in"), &data).expect("written");
     let script = "cd /v; cp in out; sha256sum < in; sha256sum < out; truncate -s 3000000 hole
         stat -c %s hole; echo a > a; echo b > b; mv a b; cat b; ls a 2> /dev/null || echo gone
@@ -168,18 +170,18 @@ fn named_volumes_persist_and_anonymous_ones_go_with_their_container() {
     assert_eq!(again, format!("kept\n{first}refused\n"));
 
     let words = [
-        "create", "--name", "c", "-v", "data:/d", "-v", "/a", "busybox", "true",
+        "create", "--name", "user", "-v", "data:/d", "-v", "/a", "busybox", "true",
     ];
     assert_eq!(vm_run(&words).end().status, 0);
     assert_eq!(names().len(), 2);
     let refused = vm_run(&["volume", "rm", "data"]).refused(125);
-    assert!(refused.contains("in use by container c"), "{refused}");
-    let inspected = vm_run(&["inspect", "c"]).end().out();
+    assert!(refused.contains("in use by container user"), "{refused}");
+    let inspected = vm_run(&["inspect", "user"]).end().out();
     let inspected: serde_json::Value = serde_json::from_str(&inspected).expect("JSON");
     let mounts = &inspected[0]["Mounts"];
     assert_eq!(mounts[0]["Name"], "data");
     assert_eq!(mounts[1]["Destination"], "/a");
-    assert_eq!(vm_run(&["rm", "-v", "c"]).end().status, 0);
+    assert_eq!(vm_run(&["rm", "-v", "user"]).end().status, 0);
     assert_eq!(names(), ["data"]);
     assert_eq!(vm_run(&["volume", "rm", "data"]).end().out(), "data\n");
     assert!(names().is_empty());
