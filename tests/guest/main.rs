@@ -17,3 +17,4 @@ mod streams;
 mod support;
 mod warm;
 mod warm_cli;
+mod workloads;

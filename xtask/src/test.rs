@@ -52,7 +52,7 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
     let guest = guest::ensure()?;
     let prefix = tempfile::tempdir()?;
     install::into(prefix.path())?;
-    let env: Vec<(&str, PathBuf)> = vec![
+    let mut env: Vec<(&str, PathBuf)> = vec![
         ("VM_RUN_GUEST", guest),
         ("VM_RUN_TEST_BUSYBOX", images::ensure_busybox()?),
         ("VM_RUN_TEST_PYTHON", images::ensure_debian_python()?),
@@ -64,6 +64,7 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
         ("VM_RUN_TEST_PREFIX", prefix.path().into()),
         ("VM_RUN_BOOT_TIMEOUT", "60".into()),
     ];
+    env.extend(images::workloads::ensure_all()?);
     let test = build_one(
         &[
             "test",
