@@ -4,6 +4,7 @@ use crate::bench::BenchCommand;
 use crate::container::cli::ContainerCommand;
 use crate::image::cli::ImageCommand;
 use crate::templates::TemplateCommand;
+use crate::volume::cli::VolumeCommand;
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -40,6 +41,9 @@ pub enum Command {
     /// Load, list and remove images
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Make, list, inspect and remove volumes
+    #[command(subcommand)]
+    Volume(VolumeCommand),
     /// Build, list, inspect and remove templates
     #[command(subcommand)]
     Template(TemplateCommand),

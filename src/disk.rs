@@ -1,4 +1,4 @@
-//! The writable disk of a child: an empty ext4 that came with the guest, written
+//! The writable layer of a child: the empty disk that came with the guest, written
 //! into a file of the child's own.
 //!
 //! The empty disk is kept as a list of its blocks that are not all zeroes, and
@@ -12,7 +12,11 @@
 //!
 //! All integers are little-endian. `cargo xtask guest` writes it.
 
-use anyhow::{Context, Result, ensure};
+// The tests of pages have this file too, from elsewhere.
+#[path = "disk/ext4.rs"]
+mod ext4;
+
+use anyhow::{Context, Result, bail, ensure};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -20,13 +24,41 @@ use std::path::Path;
 const MAGIC: &[u8] = b"vmrunblk";
 const BLOCK: usize = 4096;
 
-/// Makes `disk`, an empty file, a fresh disk, from the list `blocks`.
+/// The least that a disk can be: its tables take some of it.
+const LEAST: u64 = 16 << 20;
+/// The most: the size of the empty disk.
+const MOST: u64 = 10 << 30;
+
+/// Checks the size that somebody wants a disk to have.
+///
+/// # Errors
+/// One line.
+pub fn check_size(size: u64) -> Result<()> {
+    if !(LEAST..=MOST).contains(&size) {
+        bail!(
+            "a writable layer has between {} MiB and {} GiB",
+            LEAST >> 20,
+            MOST >> 30
+        );
+    }
+    Ok(())
+}
+
+/// Makes `disk`, an empty file, a fresh disk, from the list `blocks`; of another size
+/// than the list's if one is given, in whole blocks.
 ///
 /// # Errors
 /// A list that is spoilt, or a file that cannot be written.
-pub fn write(blocks: &Path, disk: &File) -> Result<()> {
+pub fn write(blocks: &Path, disk: &File, size: Option<u64>) -> Result<()> {
     let list = fs::read(blocks).with_context(|| format!("cannot read {}", blocks.display()))?;
-    fill(disk, &list).context("cannot write a disk")
+    fill(disk, &list).context("cannot write a disk")?;
+    match size {
+        None => Ok(()),
+        Some(size) => {
+            check_size(size)?;
+            ext4::shrink(disk, size).context("cannot make a smaller disk")
+        }
+    }
 }
 
 fn fill(disk: &File, list: &[u8]) -> Result<()> {

@@ -1,18 +1,29 @@
 //! `vm-run run` and `vm-run create`: what was typed, and the checked plan of a
 //! container.
 
+mod health;
+mod machine;
+mod options;
+mod tmpfs;
+mod ulimit;
 mod warm;
 
 use crate::args::size;
 use crate::container::cli::{Session, attend};
-use crate::container::{Engine, Layer, LogLimits, RestartPolicy, Spec, parse_signal, set_env};
+use crate::container::{
+    Engine, Keys, Layer, LogLimits, Options, Record, RestartPolicy, Spec, parse_signal, set_env,
+};
 use crate::image::{self, Access, ImageConfig, PullPolicy, Store};
-use crate::templates::{self, MachineArgs};
+use crate::templates;
+use crate::volume::{self, VolumeArgs};
 use crate::workers::JailArgs;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use fork::Moment;
+use machine::SizeArgs;
+use options::OptionArgs;
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::fs::File;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 /// What `stop` sends, if nobody says anything.
@@ -72,24 +83,31 @@ pub struct CreateArgs {
     /// Keep the writable layer in guest memory, at most so much, and not on disk
     #[arg(long, value_name = "SIZE", value_parser = size)]
     writable_memory: Option<u64>,
+    /// How its writable layer is kept: size=SIZE
+    #[arg(long, value_name = "NAME=VALUE")]
+    storage_opt: Vec<String>,
     /// Fork this template and not the default one. If a container is inside, it
     /// goes on; no IMAGE is given, and a command after -- runs beside it
     #[arg(long, value_name = "NAME")]
     template: Option<String>,
     #[command(flatten)]
-    machine: MachineArgs,
+    size: SizeArgs,
     /// The trust domain: children share their template's memory only with others
     /// of the same
     #[arg(long, value_name = "NAME", default_value = fork::DEFAULT_DOMAIN)]
     domain: String,
     #[command(flatten)]
     jail: JailArgs,
+    #[command(flatten)]
+    volumes: VolumeArgs,
     /// A directory or a file-system image (erofs, ext4) in the place of IMAGE
     #[arg(long, value_name = "PATH")]
     rootfs: Option<PathBuf>,
     /// When to pull IMAGE from its registry
     #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
     pull: PullPolicy,
+    #[command(flatten)]
+    options: OptionArgs,
     /// IMAGE [COMMAND [ARG...]], or with --rootfs only the command
     #[arg(
         trailing_var_arg = true,
@@ -108,6 +126,9 @@ pub struct RunArgs {
     /// Write how long each stage took to this file, as JSON
     #[arg(long, value_name = "FILE", conflicts_with = "detach")]
     stages: Option<PathBuf>,
+    /// The keys that leave it alone [default: ctrl-p,ctrl-q]
+    #[arg(long, value_name = "KEYS", value_parser = Keys::parse)]
+    detach_keys: Option<Keys>,
     #[command(flatten)]
     create: CreateArgs,
 }
@@ -118,7 +139,7 @@ pub struct RunArgs {
 /// One line.
 pub fn create(args: &CreateArgs, root: &Path) -> Result<u8> {
     let engine = Engine::open(root)?;
-    let record = engine.create(args.name.clone(), plan(args, true, root)?)?;
+    let record = make(&engine, args, plan(args, true, root)?)?;
     writeln!(std::io::stdout(), "{}", record.id)?;
     Ok(0)
 }
@@ -133,9 +154,9 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
     let spec = plan(&args.create, !args.detach, root)?;
     let (tty, interactive) = (spec.tty, args.create.interactive);
     let session = (!args.detach)
-        .then(|| Session::new(tty, interactive))
+        .then(|| Session::new(tty, interactive, args.detach_keys.clone()))
         .transpose()?;
-    let record = engine.create(args.create.name.clone(), spec)?;
+    let record = make(&engine, &args.create, spec)?;
     let Some(session) = session else {
         engine
             .start(&record, None)
@@ -153,6 +174,35 @@ pub fn run(args: &RunArgs, root: &Path) -> Result<u8> {
     Ok(ended.status)
 }
 
+/// Makes the container, and writes its id where that is asked for.
+fn make(engine: &Engine, args: &CreateArgs, spec: Spec) -> Result<Record> {
+    let Some(path) = &args.options.cidfile else {
+        return engine.create(args.name.clone(), spec);
+    };
+    // Before anything is made: the file is another container's if it is there.
+    let mut file = File::create_new(path).map_err(|error| match error.kind() {
+        ErrorKind::AlreadyExists => anyhow!(
+            "container ID file found, make sure the other container isn't running or delete {}",
+            path.display()
+        ),
+        _ => anyhow!(
+            "cannot make the container ID file {}: {error}",
+            path.display()
+        ),
+    })?;
+    let made = engine.create(args.name.clone(), spec).and_then(|record| {
+        if let Err(error) = file.write_all(record.id.as_bytes()) {
+            engine.remove(&record, false)?;
+            return Err(error).with_context(|| format!("cannot write {}", path.display()));
+        }
+        Ok(record)
+    });
+    if made.is_err() {
+        std::fs::remove_file(path).ok();
+    }
+    made
+}
+
 /// The plan of a container. `is_watched` is whether its first client is there from its
 /// first byte on, and its input ends with that client's.
 fn plan(args: &CreateArgs, is_watched: bool, root: &Path) -> Result<Spec> {
@@ -162,6 +212,10 @@ fn plan(args: &CreateArgs, is_watched: bool, root: &Path) -> Result<Spec> {
         .as_deref()
         .map(|name| templates::manifest(root, name))
         .transpose()?;
+    if let Some((name, manifest)) = args.template.as_deref().zip(manifest.as_ref()) {
+        let machine = args.size.machine_of(name, manifest)?;
+        (spec.memory, spec.cpus) = (machine.memory, machine.cpus);
+    }
     match manifest
         .as_ref()
         .and_then(|manifest| manifest.warm.as_ref())
@@ -169,7 +223,10 @@ fn plan(args: &CreateArgs, is_watched: bool, root: &Path) -> Result<Spec> {
         Some(inside) => warm::plan(&mut spec, args, inside, std::env::args_os())?,
         None => plan_bare(&mut spec, args, root)?,
     }
-    for label in &args.label {
+    for label in file_words(&args.options.label_file)?
+        .iter()
+        .chain(&args.label)
+    {
         let (name, value) = label.split_once('=').unwrap_or((label, ""));
         spec.labels.insert(name.to_owned(), value.to_owned());
     }
@@ -182,6 +239,7 @@ fn plan(args: &CreateArgs, is_watched: bool, root: &Path) -> Result<Spec> {
 /// A plan that knows nothing of an image or a template yet.
 fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
     let restart = RestartPolicy::parse(&args.restart)?;
+    let machine = args.size.machine()?;
     if args.rm && restart != RestartPolicy::No {
         bail!("--rm and --restart exclude each other");
     }
@@ -203,14 +261,17 @@ fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
         stop_signal: SIGTERM,
         stop_timeout: args.stop_timeout,
         writable: Layer::Disk,
-        memory: args.machine.memory,
-        cpus: args.machine.cpus,
-        boot_timeout: args.machine.boot_timeout,
+        writable_size: layer_size(&args.storage_opt)?,
+        memory: machine.memory,
+        cpus: machine.cpus,
+        boot_timeout: machine.boot_timeout,
         domain: args.domain.clone(),
         no_jail: args.jail.no_jail,
         auto_remove: args.rm,
+        mounts: Vec::new(),
         restart,
         log: log_limits(&args.log_opt)?,
+        options: Options::default(),
     })
 }
 
@@ -240,6 +301,16 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
             (image.config, command)
         }
     };
+    spec.options = args.options.check(&config)?;
+    spec.options.memory = args.size.memory();
+    spec.options.nano_cpus = args.size.nano_cpus();
+    let of_image: Vec<String> = config.volumes.keys().cloned().collect();
+    spec.mounts = volume::plan(&args.volumes, &of_image)?;
+    if spec.no_jail && !spec.mounts.is_empty() {
+        bail!(
+            "volumes are served from a jail: be root and leave out --no-jail, or leave out the volumes"
+        );
+    }
     spec.args = command_line(args, &config, command);
     if spec.args.is_empty() {
         bail!("no command: the image names none, so give one");
@@ -250,6 +321,9 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
         (false, Some(limit)) => Layer::Memory(limit),
         (false, None) => Layer::Disk,
     };
+    if spec.writable_size.is_some() && spec.writable != Layer::Disk {
+        bail!("--storage-opt size is for a writable layer on a disk, and this one is not");
+    }
     spec.env = terminal_env(args, config.env);
     for word in file_words(&args.env_file)?.iter().chain(&args.env) {
         set_env(&mut spec.env, word);
@@ -282,6 +356,22 @@ fn log_limits(options: &[String]) -> Result<LogLimits> {
         }
     }
     Ok(limits)
+}
+
+/// Docker's names of how a writable layer is kept.
+fn layer_size(options: &[String]) -> Result<Option<u64>> {
+    let mut size_of_layer = None;
+    for option in options {
+        match option.split_once('=') {
+            Some(("size", value)) => {
+                let bytes = size(value).map_err(anyhow::Error::msg)?;
+                crate::disk::check_size(bytes)?;
+                size_of_layer = Some(bytes);
+            }
+            _ => bail!("{option:?}: a storage option is size=SIZE"),
+        }
+    }
+    Ok(size_of_layer)
 }
 
 /// The variables of files: docker's format, a word a line, `#` before a comment.

@@ -8,6 +8,7 @@
 //! agent's events together.
 
 mod hear;
+mod task;
 
 use self::hear::Next;
 use crate::agent::{Control, Remote};
@@ -63,6 +64,8 @@ pub struct Child {
     root: Option<File>,
     /// Whether its VM stops, or has stopped, at the identity.
     is_held: bool,
+    /// A template of it would have to have them too.
+    has_volumes: bool,
 }
 
 /// A process in a child, seen from the host.
@@ -88,6 +91,7 @@ impl Child {
         template: Arc<TemplateInfo>,
         root: Option<File>,
         is_held: bool,
+        has_volumes: bool,
     ) -> Self {
         let fork = machine.timeline();
         let container = template.warm.clone().unwrap_or_default();
@@ -112,6 +116,7 @@ impl Child {
             container,
             root,
             is_held,
+            has_volumes,
         }
     }
 
@@ -152,12 +157,17 @@ impl Child {
     /// container on a disk: the child can still be given another.
     pub fn start(
         &mut self,
-        container: ContainerSpec,
+        mut container: ContainerSpec,
         process: ProcessSpec,
     ) -> Result<Process, Error> {
         if container.warm && container.writable == Writable::Disk {
             return Err(Error::Request(
                 "a warm container cannot have its writable layer on a disk, which its children would not have: keep it in guest memory",
+            ));
+        }
+        if container.warm && self.has_volumes {
+            return Err(Error::Request(
+                "a warm container cannot have volumes, which its children would not have",
             ));
         }
         self.expect_fresh(Kind::Bare, "has a container inside: attach to it")?;
@@ -171,6 +181,7 @@ impl Child {
             user: process.user.clone(),
             streams: process.streams.clone(),
         };
+        container.mapped_root = self.machine.root_image().is_some();
         let request = Request::StartContainer { container, process };
         // Started and Exited; and Warm, where it may come.
         let events = 2 + u32::from(warm);
@@ -266,6 +277,11 @@ impl Child {
     /// gone in any case.
     pub fn freeze(mut self, image: &str) -> Result<Template, Error> {
         self.expect(Phase::Started, "has no container to freeze")?;
+        if self.has_volumes {
+            return Err(Error::Request(
+                "a child with volumes cannot be frozen: its children would not have them",
+            ));
+        }
         let Some(control) = &mut self.control else {
             return Err(Error::State("has no agent to freeze it"));
         };

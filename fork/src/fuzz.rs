@@ -13,3 +13,5 @@ pub fn agent_events(bytes: &[u8]) {
     }
     assert!(events <= 8, "an agent may say no more than it was asked");
 }
+
+pub use crate::volumes::fuzz::serve as serve_volumes;

@@ -70,6 +70,7 @@ mod stages;
 mod stats;
 mod store;
 mod template;
+mod volumes;
 pub mod worker;
 
 pub use agent::Remote;
@@ -81,11 +82,14 @@ pub use stages::{ForkPath, Stages};
 pub use stats::ChildStats;
 pub use store::{FORMAT, Manifest};
 pub use template::{BootSpec, DEFAULT_DOMAIN, ForkSpec, Kind, Template, Warm};
+pub use vm_run_abi::options::{ContainerOptions, Limit, ProcessOptions, Tmpfs};
 pub use vm_run_abi::protocol::{
-    CONTAINER, ContainerSpec, ExitStatus, ProcessId, ProcessSpec, StartFailure, Stream, WindowSize,
-    Writable,
+    CONTAINER, ContainerSpec, ExitStatus, Mount, ProcessId, ProcessSpec, StartFailure, Stream,
+    WindowSize, Writable,
 };
+pub use vm_run_abi::task;
 pub use vmm::{
     Cpu, Disks, Error as VmError, Host, HostError, Isolation, Moment, Timeline, VMS_PER_PROCESS,
     VmCounts,
 };
+pub use volumes::{VOLUMES_MAX, Volume};

@@ -210,9 +210,18 @@ impl Machine {
     }
 
     pub(crate) fn stats(&self) -> Result<ChildStats, Error> {
+        let root_image = self.root_image();
         match self {
-            Self::Here(local) => stats::of_mappings(&local.vm.mappings(), local.vm.root_image()),
-            Self::Worker(remote) => stats::of_process(remote.pid(), remote.root_image()),
+            Self::Here(local) => stats::of_mappings(&local.vm.mappings(), root_image),
+            Self::Worker(remote) => stats::of_process(remote.pid(), root_image),
+        }
+    }
+
+    /// Where the root image lies in its process, if it is mapped into the guest.
+    pub(crate) fn root_image(&self) -> Option<(u64, u64)> {
+        match self {
+            Self::Here(local) => local.vm.root_image(),
+            Self::Worker(remote) => remote.root_image(),
         }
     }
 

@@ -7,6 +7,7 @@ use crate::machine::Machine;
 use crate::stages::ForkPath;
 use crate::template::{ForkSpec, Request, Template};
 use crate::worker::{Remote, Workers};
+use rustix::fd::OwnedFd;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -234,13 +235,26 @@ impl Shared {
             None => (self.make()?, ForkPath::Cold),
         };
         if let Waiting::Worker(remote) = &waiting {
-            remote.start(&request)?;
+            let server = self.serve(&request)?;
+            // The worker alone keeps it.
+            remote.start(&request, server.as_ref())?;
         }
         Ok(Begun {
             request,
             path,
             waiting,
         })
+    }
+
+    /// Has the child's volumes served, if it has any.
+    fn serve(&self, request: &Request) -> Result<Option<OwnedFd>, Error> {
+        match &self.place {
+            Place::Workers(workers) if !request.volumes.is_empty() => {
+                let (server, _) = workers.serve(&request.volumes)?;
+                Ok(Some(server))
+            }
+            Place::Workers(_) | Place::ThisProcess => Ok(None),
+        }
     }
 
     fn finish(&self, begun: Begun) -> Result<Child, Error> {
@@ -261,6 +275,7 @@ impl Shared {
                     Arc::clone(self.template.info()),
                     root,
                     request.hold,
+                    !request.volumes.is_empty(),
                 ))
             }
         }

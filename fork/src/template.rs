@@ -7,6 +7,7 @@ use crate::identity;
 use crate::machine::{CONSOLE_LINES, Local, Machine, Mailbox, News, last_words};
 use crate::stages::ForkPath;
 use crate::store::{self, Contents, Manifest};
+use crate::volumes::{VOLUMES_MAX, Volume};
 use crate::worker::write_state;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -95,6 +96,9 @@ pub struct ForkSpec {
     pub hostname: String,
     /// The files behind its disks. A warm template has its own root.
     pub disks: Disks,
+    /// What it sees of the host's files: at most [`VOLUMES_MAX`](crate::VOLUMES_MAX), in a
+    /// worker with a jail. A child with volumes cannot be frozen.
+    pub volumes: Vec<Volume>,
     /// The trust domain of whoever asks.
     pub domain: String,
     /// Whether it stops when it has its identity, until [`Child::release`] or the
@@ -108,6 +112,7 @@ impl Default for ForkSpec {
         Self {
             hostname: "child".into(),
             disks: Disks::default(),
+            volumes: Vec::new(),
             domain: DEFAULT_DOMAIN.into(),
             hold: false,
         }
@@ -142,6 +147,7 @@ pub(crate) struct Request {
     pub(crate) asked: Moment,
     pub(crate) identity: Identity,
     pub(crate) disks: Disks,
+    pub(crate) volumes: Vec<Volume>,
     /// See [`Birth::map_root`].
     pub(crate) map_root: bool,
     pub(crate) hold: bool,
@@ -318,8 +324,14 @@ impl Template {
             root: self.root_of(&request.disks)?,
             mailbox: Arc::clone(&mailbox),
         };
+        if !request.volumes.is_empty() {
+            return Err(Error::Request(
+                "volumes need a worker: fork from a pool in workers",
+            ));
+        }
         let birth = Birth {
             disks: request.disks,
+            volumes: None,
             map_root: request.map_root,
             patches: vec![(page::GPA, request.identity.to_bytes().to_vec())],
             events: mailbox.sink(console),
@@ -339,6 +351,7 @@ impl Template {
             info,
             unborn.root,
             unborn.hold,
+            false,
         )
     }
 
@@ -350,6 +363,14 @@ impl Template {
                 template: self.info.domain.clone(),
                 asked: spec.domain,
             });
+        }
+        if spec.volumes.len() > VOLUMES_MAX {
+            return Err(Error::Request("a child has at most 64 volumes"));
+        }
+        if self.info.warm.is_some() && !spec.volumes.is_empty() {
+            return Err(Error::Request(
+                "the container in a warm template runs already: it gets no volumes",
+            ));
         }
         let mut disks = spec.disks;
         if let Some(root) = &self.info.root {
@@ -364,6 +385,7 @@ impl Template {
             asked,
             identity: identity::draw(&spec.hostname)?,
             disks,
+            volumes: spec.volumes,
             // Who names a domain shares no page with anyone outside of it.
             map_root: self.info.domain == DEFAULT_DOMAIN,
             hold: spec.hold,

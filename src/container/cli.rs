@@ -3,9 +3,10 @@
 
 use super::client::Terminal;
 use super::engine::Engine;
+use super::keys::Keys;
 use super::record::{Record, Status};
 use super::wire::{Answer, Exec, Request, Window};
-use super::{logs, parse_signal, show};
+use super::{copy, inside, logs, parse_signal, show};
 use anyhow::{Result, bail};
 use clap::Subcommand;
 use fork::{Moment, Stages};
@@ -23,6 +24,9 @@ pub enum ContainerCommand {
         /// Give it our standard input; with a single container
         #[arg(short, long)]
         interactive: bool,
+        /// The keys that leave it alone [default: ctrl-p,ctrl-q]
+        #[arg(long, value_name = "KEYS", value_parser = Keys::parse)]
+        detach_keys: Option<Keys>,
         /// Names or ids
         #[arg(required = true, value_name = "CONTAINER")]
         containers: Vec<String>,
@@ -63,6 +67,9 @@ pub enum ContainerCommand {
         /// End those that run
         #[arg(short, long)]
         force: bool,
+        /// Remove their volumes that have no name, too
+        #[arg(short, long)]
+        volumes: bool,
         /// Names or ids
         #[arg(required = true, value_name = "CONTAINER")]
         containers: Vec<String>,
@@ -110,6 +117,32 @@ pub enum ContainerCommand {
         /// Give it none
         #[arg(long)]
         no_stdin: bool,
+        /// The keys that leave it alone [default: ctrl-p,ctrl-q]
+        #[arg(long, value_name = "KEYS", value_parser = Keys::parse)]
+        detach_keys: Option<Keys>,
+        /// Its name or id
+        container: String,
+    },
+    /// Copy files between a container, running or not, and here
+    Cp(copy::CopyArgs),
+    /// Print what a container has changed of its image: C changed, A added, D deleted
+    Diff {
+        /// Its name or id
+        container: String,
+    },
+    /// Print what runs in a container
+    Top {
+        /// Its name or id
+        container: String,
+        /// Options of ps; taken, and of no effect
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+        options: Vec<String>,
+    },
+    /// Write all files of a container as a tar
+    Export {
+        /// Where to, instead of standard output
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
         /// Its name or id
         container: String,
     },
@@ -166,6 +199,12 @@ pub struct ExecArgs {
     /// USER[:GROUP], names or numbers
     #[arg(short, long)]
     user: Option<String>,
+    /// Give it all capabilities
+    #[arg(long)]
+    privileged: bool,
+    /// The keys that leave it alone [default: ctrl-p,ctrl-q]
+    #[arg(long, value_name = "KEYS", value_parser = Keys::parse)]
+    detach_keys: Option<Keys>,
     /// The container's name or id
     container: String,
     /// The command
@@ -189,8 +228,9 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
         ContainerCommand::Start {
             attach,
             interactive,
+            detach_keys,
             containers,
-        } => return start(&engine, attach, interactive, &containers),
+        } => return start(&engine, attach, interactive, detach_keys, &containers),
         ContainerCommand::Stop(args) => {
             let request = stop_request(&args)?;
             return each(&engine, &args.containers, |record| {
@@ -223,8 +263,18 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
                 writeln!(out, "{}", engine.wait(&engine.find(&wanted)?)?)?;
             }
         }
-        ContainerCommand::Rm { force, containers } => {
-            return each(&engine, &containers, |record| engine.remove(record, force));
+        ContainerCommand::Rm {
+            force,
+            volumes,
+            containers,
+        } => {
+            return each(&engine, &containers, |record| {
+                engine.remove(record, force)?;
+                if volumes {
+                    engine.remove_anonymous_volumes(record)?;
+                }
+                Ok(())
+            });
         }
         ContainerCommand::Prune { force } => return prune(&engine, force),
         ContainerCommand::Rename { container, name } => {
@@ -255,16 +305,23 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
         ContainerCommand::Exec(args) => return exec(&engine, args),
         ContainerCommand::Attach {
             no_stdin,
+            detach_keys,
             container,
         } => {
             let record = engine.find(&container)?;
             let stdin = record.spec.stdin && !no_stdin;
-            let session = Session::new(record.spec.tty, stdin)?;
+            let session = Session::new(record.spec.tty, stdin, detach_keys)?;
             let (answer, stream) = engine.ask(&record, &Request::Attach { stdin })?;
             if !matches!(answer, Answer::Done) {
                 bail!("the supervisor speaks out of turn: {answer:?}");
             }
             return session.0.attend(stream)?.0.status();
+        }
+        ContainerCommand::Cp(args) => copy::copy(&engine, &args)?,
+        ContainerCommand::Diff { container } => inside::diff(&engine, &container, &mut out)?,
+        ContainerCommand::Top { container, .. } => inside::top(&engine, &container, &mut out)?,
+        ContainerCommand::Export { output, container } => {
+            copy::export(&engine, &container, output.as_deref())?;
         }
         ContainerCommand::Stats { json, containers } => {
             stats(&engine, &containers, json)?;
@@ -296,8 +353,9 @@ pub struct Session(Terminal);
 impl Session {
     /// # Errors
     /// A terminal that was asked for and is not there.
-    pub fn new(tty: bool, interactive: bool) -> Result<Self> {
-        Terminal::new(tty, interactive, true).map(Self)
+    pub fn new(tty: bool, interactive: bool, keys: Option<Keys>) -> Result<Self> {
+        let terminal = Terminal::new(tty, interactive, true)?;
+        Ok(Self(terminal.left_by(keys)))
     }
 }
 
@@ -325,7 +383,13 @@ pub fn attend(engine: &Engine, record: &Record, session: Session) -> Result<Atte
     })
 }
 
-fn start(engine: &Engine, attach: bool, interactive: bool, containers: &[String]) -> Result<u8> {
+fn start(
+    engine: &Engine,
+    attach: bool,
+    interactive: bool,
+    keys: Option<Keys>,
+    containers: &[String],
+) -> Result<u8> {
     if !attach && !interactive {
         return each(engine, containers, |record| {
             // As docker has it: one that runs is as it should be.
@@ -343,7 +407,7 @@ fn start(engine: &Engine, attach: bool, interactive: bool, containers: &[String]
         bail!("container {container} runs already: attach to it");
     }
     let interactive = interactive && record.spec.stdin;
-    let session = Session::new(record.spec.tty, interactive)?;
+    let session = Session::new(record.spec.tty, interactive, keys)?;
     Ok(attend(engine, &record, session)?.status)
 }
 
@@ -395,7 +459,8 @@ fn exec(engine: &Engine, args: ExecArgs) -> Result<u8> {
     }
     let interactive = args.interactive && !args.detach;
     // Signals that reach us are ours: docker forwards none to an exec.
-    let terminal = Terminal::new(args.tty && !args.detach, interactive, args.tty)?;
+    let terminal =
+        Terminal::new(args.tty && !args.detach, interactive, args.tty)?.left_by(args.detach_keys);
     let request = Request::Exec(Exec {
         args: args.command,
         env,
@@ -405,6 +470,7 @@ fn exec(engine: &Engine, args: ExecArgs) -> Result<u8> {
         stdin: interactive,
         detach: args.detach,
         window: Window::ours(),
+        privileged: args.privileged,
     });
     let (_, stream) = engine.ask(&record, &request)?;
     if args.detach {

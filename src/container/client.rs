@@ -1,5 +1,6 @@
 //! A session with a container's process, on our own standard streams.
 
+use super::keys::Keys;
 use super::wire::{self, Frame, Window};
 use crate::signals::Catcher;
 use crate::terminal::Raw;
@@ -10,9 +11,6 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-
-/// The keys that leave a container alone, as docker has them: control-P, control-Q.
-const DETACH: [u8; 2] = [0x10, 0x11];
 
 /// How a session has ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -48,6 +46,7 @@ pub struct Terminal {
     interactive: bool,
     signals: Option<Catcher>,
     raw: Option<Raw>,
+    keys: Keys,
 }
 
 impl Terminal {
@@ -63,7 +62,14 @@ impl Terminal {
             interactive,
             signals: signals.then(Catcher::new).transpose()?,
             raw: (tty && interactive).then(Raw::new).transpose()?,
+            keys: Keys::default(),
         })
+    }
+
+    /// With other keys that leave it alone, if any.
+    pub fn left_by(mut self, keys: Option<Keys>) -> Self {
+        self.keys = keys.unwrap_or_default();
+        self
     }
 
     /// Copies until either side ends; and when the first output came.
@@ -73,8 +79,8 @@ impl Terminal {
     pub fn attend(self, mut stream: UnixStream) -> Result<(Outcome, Option<Moment>)> {
         let to = Arc::new(Mutex::new(stream.try_clone().context("dup")?));
         if self.interactive {
-            let (to, may_detach) = (Arc::clone(&to), self.tty);
-            thread("input", move || input(&to, may_detach))?;
+            let (to, keys) = (Arc::clone(&to), self.tty.then_some(self.keys));
+            thread("input", move || input(&to, keys))?;
         } else {
             // There will be none.
             send(&to, &Frame::InputEnded).ok();
@@ -126,8 +132,7 @@ fn show(mut to: impl Write, bytes: &[u8]) {
 }
 
 /// Copies our standard input until either ends.
-fn input(to: &Mutex<UnixStream>, may_detach: bool) {
-    let mut keys = Keys::default();
+fn input(to: &Mutex<UnixStream>, mut keys: Option<Keys>) {
     let mut buffer = vec![0; 32 << 10];
     loop {
         // Unbuffered: a line buffer would hold back what was typed.
@@ -140,10 +145,9 @@ fn input(to: &Mutex<UnixStream>, may_detach: bool) {
                 break;
             }
         };
-        let (bytes, leave) = if may_detach {
-            keys.filter(&buffer[..got])
-        } else {
-            (buffer[..got].to_vec(), false)
+        let (bytes, leave) = match &mut keys {
+            Some(keys) => keys.filter(&buffer[..got]),
+            None => (buffer[..got].to_vec(), false),
         };
         let sent = send(to, &Frame::Input(bytes));
         if leave {
@@ -159,35 +163,6 @@ fn input(to: &Mutex<UnixStream>, may_detach: bool) {
         }
     }
     send(to, &Frame::InputEnded).ok();
-}
-
-/// Looks for the keys to leave, which may come one by one.
-#[derive(Default)]
-struct Keys {
-    /// How many of [`DETACH`] have come and are held back.
-    held: usize,
-}
-
-impl Keys {
-    /// What is the container's, and whether to leave.
-    fn filter(&mut self, bytes: &[u8]) -> (Vec<u8>, bool) {
-        let mut passed = Vec::with_capacity(bytes.len());
-        for byte in bytes {
-            if *byte == DETACH[self.held] {
-                self.held += 1;
-                if self.held == DETACH.len() {
-                    return (passed, true);
-                }
-                continue;
-            }
-            passed.extend_from_slice(&DETACH[..self.held]);
-            self.held = usize::from(*byte == DETACH[0]);
-            if self.held == 0 {
-                passed.push(*byte);
-            }
-        }
-        (passed, false)
-    }
 }
 
 /// Every signal that reaches us is the process's, and a new window size its terminal's.
@@ -217,30 +192,4 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
         .spawn(body)
         .map(drop)
         .context("cannot start a thread")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_keys_to_leave_are_found_and_nothing_else_is_lost() {
-        let typed = |pieces: &[&[u8]]| {
-            let mut keys = Keys::default();
-            let mut all = Vec::new();
-            for piece in pieces {
-                let (passed, leave) = keys.filter(piece);
-                all.extend(passed);
-                if leave {
-                    return (all, true);
-                }
-            }
-            (all, false)
-        };
-        assert_eq!(typed(&[b"ls\n"]), (b"ls\n".to_vec(), false));
-        assert_eq!(typed(&[b"a\x10\x11b"]), (b"a".to_vec(), true));
-        assert_eq!(typed(&[b"a\x10", b"\x11"]), (b"a".to_vec(), true));
-        assert_eq!(typed(&[b"\x10", b"x\x11"]), (b"\x10x\x11".to_vec(), false));
-        assert_eq!(typed(&[b"\x10\x10\x11"]), (b"\x10".to_vec(), true));
-    }
 }

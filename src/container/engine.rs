@@ -5,6 +5,7 @@ use super::record::{Layer, Record, Spec, State, Status};
 use super::store::Store;
 use super::wire::{self, Answer, Request, Window};
 use super::{LOG, ROOT, WRITABLE, id};
+use crate::volume::Store as Volumes;
 use crate::{disk, guest, templates};
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -75,6 +76,7 @@ impl Engine {
         if record.spec.hostname.is_empty() {
             record.spec.hostname = id::short(&record.id).to_owned();
         }
+        let volumes = Volumes::of(&self.root).make_for(&record.spec.mounts)?;
         let (directory, ownership) =
             Directory::make(&self.root, &record.id, |dir| fill(dir, &record.spec))?;
         if let Err(error) = self.store.insert(&record) {
@@ -83,7 +85,21 @@ impl Engine {
             }
             return Err(error);
         }
+        volumes.keep();
         Ok(record)
+    }
+
+    /// Removes the volumes of a container that is gone which have no name.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn remove_anonymous_volumes(&self, record: &Record) -> Result<()> {
+        Volumes::of(&self.root).remove_anonymous(&record.spec.mounts, || {
+            let all = self.store.list()?.into_iter();
+            Ok(all
+                .map(|record| (record.name, record.spec.mounts))
+                .collect())
+        })
     }
 
     fn free_name(&self) -> Result<String> {
@@ -122,12 +138,47 @@ impl Engine {
         attach: bool,
         window: Option<Window>,
     ) -> Result<(UnixStream, fork::Stages)> {
+        self.ensure_template(record)?;
+        let mut ours = self.supervise(record)?;
+        wire::send(&mut ours, &Request::Start { attach, window })
+            .context("the supervisor has gone")?;
+        match answer(&mut ours)? {
+            Answer::Started { stages, notices } => {
+                for notice in notices {
+                    eprintln!("vm-run: {notice}");
+                }
+                Ok((ours, *stages))
+            }
+            other => bail!("the supervisor speaks out of turn: {other:?}"),
+        }
+    }
+
+    /// Opens the files of a container that is at rest, until the connection is closed.
+    ///
+    /// # Errors
+    /// One that is in use, or that cannot be forked.
+    pub fn open_files(&self, record: &Record) -> Result<UnixStream> {
+        self.ensure_template(record)?;
+        let mut ours = self.supervise(record)?;
+        wire::send(&mut ours, &Request::Open).context("the supervisor has gone")?;
+        match answer(&mut ours)? {
+            Answer::Done => Ok(ours),
+            other => bail!("the supervisor speaks out of turn: {other:?}"),
+        }
+    }
+
+    /// Here, where a person sees its progress; the supervisor finds it then.
+    fn ensure_template(&self, record: &Record) -> Result<()> {
         if record.spec.template.is_none() {
-            // Here, where a person sees its progress; the supervisor finds it then.
             let machine = record.spec.machine();
             templates::ensure_default(&self.root, &machine, &record.spec.domain)?;
         }
-        let (mut ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
+        Ok(())
+    }
+
+    /// Starts a supervisor, which waits to be told what for.
+    fn supervise(&self, record: &Record) -> Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
         let program = std::env::current_exe().context("cannot find our own program")?;
         let supervisor = Command::new(program)
             .arg("--root")
@@ -140,17 +191,7 @@ impl Engine {
             .spawn()
             .context("cannot start a supervisor")?;
         reap(supervisor)?;
-        wire::send(&mut ours, &Request::Start { attach, window })
-            .context("the supervisor has gone")?;
-        match answer(&mut ours)? {
-            Answer::Started { stages, notices } => {
-                for notice in notices {
-                    eprintln!("vm-run: {notice}");
-                }
-                Ok((ours, *stages))
-            }
-            other => bail!("the supervisor speaks out of turn: {other:?}"),
-        }
+        Ok(ours)
     }
 
     /// What a supervisor says that is nobody's answer.
@@ -209,10 +250,20 @@ impl Engine {
     /// # Errors
     /// A container that is not running; what the supervisor says.
     pub fn ask(&self, record: &Record, request: &Request) -> Result<(Answer, UnixStream)> {
+        if !record.state.status.is_live() {
+            bail!("container {} is not running", record.name);
+        }
+        self.ask_owner(record, request)
+    }
+
+    /// The same of whoever owns the container, running or not.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub fn ask_owner(&self, record: &Record, request: &Request) -> Result<(Answer, UnixStream)> {
         let connected = self.directory(record).connect();
         let mut stream = connected
             .ok()
-            .filter(|_| record.state.status.is_live())
             .with_context(|| format!("container {} is not running", record.name))?;
         wire::send(&mut stream, request).context("the container's supervisor has gone")?;
         Ok((answer(&mut stream)?, stream))
@@ -268,7 +319,11 @@ impl Engine {
             return Ok(());
         }
         self.remove_directory(record)?;
-        self.store.remove(&record.id)
+        self.store.remove(&record.id)?;
+        if record.spec.auto_remove {
+            self.remove_anonymous_volumes(record)?;
+        }
+        Ok(())
     }
 
     /// After a start that failed: removes a container that is to be removed when it
@@ -289,7 +344,7 @@ impl Engine {
         }
         match directory.own(LET_GO)? {
             Some(ownership) => directory.remove(ownership),
-            None => bail!("container {} was started again", record.name),
+            None => bail!("container {} is in use again", record.name),
         }
     }
 
@@ -300,6 +355,12 @@ impl Engine {
     pub fn rename(&self, record: &Record, name: &str) -> Result<()> {
         id::check_name(name)?;
         self.store.rename(&record.id, name)
+    }
+
+    /// Docker's objects for what of the host's it sees.
+    pub fn mounts(&self, record: &Record) -> Vec<serde_json::Value> {
+        let mounts = record.spec.mounts.iter();
+        mounts.map(|mount| mount.object(&self.root)).collect()
     }
 
     /// Where its log is.
@@ -340,9 +401,9 @@ fn fill(dir: &Path, spec: &Spec) -> Result<()> {
     if spec.writable == Layer::Disk {
         let empty = guest::find(&guest::GuestArgs::default())?.writable;
         let path = dir.join(WRITABLE);
-        let file =
-            fs::File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        disk::write(&empty, &file)?;
+        let file = fs::File::create_new(&path)
+            .with_context(|| format!("cannot make {}", path.display()))?;
+        disk::write(&empty, &file, spec.writable_size)?;
         if !spec.auto_remove {
             file.sync_all()
                 .with_context(|| format!("cannot write {}", path.display()))?;
@@ -361,7 +422,11 @@ fn reap(mut supervisor: std::process::Child) -> Result<()> {
         .context("cannot start a thread")
 }
 
-fn answer(stream: &mut UnixStream) -> Result<Answer> {
+/// What a supervisor answers.
+///
+/// # Errors
+/// [`Refused`], or a supervisor that has gone.
+pub fn answer(stream: &mut UnixStream) -> Result<Answer> {
     const GONE: &str = "the container's supervisor has gone";
     match wire::receive(stream).context(GONE)? {
         Some(Answer::Failed { message, code }) => Err(Refused { message, code }.into()),

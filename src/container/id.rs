@@ -35,6 +35,11 @@ pub fn new_name() -> Result<String> {
     Ok(format!("{adjective}_{noun}{}", c % 100))
 }
 
+/// Whether this looks like an id.
+pub fn is_id(text: &str) -> bool {
+    text.len() == ID_DIGITS && text.chars().all(|c| c.is_ascii_hexdigit())
+}
+
 /// Whether a name can be a container's: docker's rule.
 ///
 /// # Errors
@@ -47,7 +52,7 @@ pub fn check_name(name: &str) -> Result<()> {
         "{name:?} is no container name: two or more letters, digits, _ . -, and a letter or digit first"
     );
     // A name that looks like an id would hide a container.
-    if name.len() == ID_DIGITS && name.chars().all(|c| c.is_ascii_hexdigit()) {
+    if is_id(name) {
         bail!("{name:?} looks like an id: choose another name");
     }
     Ok(())

@@ -6,16 +6,24 @@
 //! directory   what belongs to one: lock, socket, disks, log
 //! supervisor  the process that owns one while it lives
 //! wire        what its clients say to it               (client: a session on a terminal)
+//! files       what is done with its files                      (copy: to and from ours)
 //! log         what it has said                         (logs: shown)
 //! ```
 
+mod capabilities;
 pub mod cli;
 mod client;
+mod copy;
 mod directory;
 mod engine;
+mod files;
+mod health;
 mod id;
+mod inside;
+mod keys;
 mod log;
 mod logs;
+mod options;
 mod record;
 mod show;
 mod signal;
@@ -23,8 +31,12 @@ mod store;
 pub mod supervisor;
 mod wire;
 
+pub use capabilities::normalize as normalize_capability;
 pub use engine::{Engine, Refused};
-pub use record::{Layer, LogLimits, RestartPolicy, Spec};
+pub use id::{check_name, is_id, new_id};
+pub use keys::Keys;
+pub use options::{HealthCheck, Memory, Options, Ulimit};
+pub use record::{Layer, LogLimits, Record, RestartPolicy, Spec};
 pub use signal::parse as parse_signal;
 
 /// Its root file system, in its directory.

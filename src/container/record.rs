@@ -1,6 +1,9 @@
 //! What is kept of a container: what was asked for, and what became of it.
 
+use super::health::Health;
+use super::options::Options;
 use crate::templates::MachineArgs;
+use crate::volume::Mount;
 use anyhow::{Result, bail};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -60,6 +63,9 @@ pub struct Spec {
     pub stop_timeout: u32,
     /// Where its writes go.
     pub writable: Layer,
+    /// The size of a layer on a disk, in bytes, if it is not the usual one.
+    #[serde(default)]
+    pub writable_size: Option<u64>,
     /// Guest memory in bytes.
     pub memory: u64,
     /// Its vCPUs.
@@ -72,12 +78,18 @@ pub struct Spec {
     pub no_jail: bool,
     /// Whether it is removed when it ends.
     pub auto_remove: bool,
+    /// What of the host's it sees.
+    #[serde(default)]
+    pub mounts: Vec<Mount>,
     /// Whether it is started again when it ends.
     #[serde(default)]
     pub restart: RestartPolicy,
     /// How much of its output is kept.
     #[serde(default)]
     pub log: LogLimits,
+    /// What most do not ask for.
+    #[serde(default)]
+    pub options: Options,
 }
 
 impl Spec {
@@ -194,6 +206,9 @@ pub struct State {
     /// The template that it was last forked from.
     #[serde(default)]
     pub template: String,
+    /// Whether it is well, if it is asked.
+    #[serde(default)]
+    pub health: Option<Health>,
 }
 
 /// Where a container stands, in docker's words.

@@ -1,8 +1,9 @@
 //! Containers as people and tools see them.
 
 use super::engine::Engine;
+use super::health::Health;
 use super::id;
-use super::record::{Layer, Record, RestartPolicy, State, Status};
+use super::record::{Layer, Record, RestartPolicy, Spec, State, Status};
 use super::wire::Stats;
 use anyhow::Result;
 use indicatif::HumanDuration;
@@ -53,7 +54,10 @@ pub fn table(records: &[Record], whole: bool, out: &mut impl Write) -> Result<()
 }
 
 /// Rows as columns of a width, the last one as it is.
-fn columns<const N: usize>(rows: &[[String; N]], out: &mut impl Write) -> Result<()> {
+///
+/// # Errors
+/// An output that is closed.
+pub fn columns<const N: usize>(rows: &[[String; N]], out: &mut impl Write) -> Result<()> {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
     let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or_default());
     for row in rows {
@@ -89,7 +93,10 @@ fn status(state: &State) -> String {
     let since = |at: Option<Timestamp>| at.map_or_else(|| "some time".to_owned(), age);
     match state.status {
         Status::Created => "Created".to_owned(),
-        Status::Running => format!("Up {}", since(state.started)),
+        Status::Running => {
+            let health = state.health.as_ref().map_or("", Health::words);
+            format!("Up {}{health}", since(state.started))
+        }
         Status::Paused => format!("Up {} (Paused)", since(state.started)),
         Status::Restarting => format!(
             "Restarting ({}) {} ago",
@@ -135,7 +142,7 @@ fn object(engine: &Engine, record: &Record) -> Value {
         RestartPolicy::UnlessStopped => ("unless-stopped", 0),
         RestartPolicy::OnFailure(most) => ("on-failure", most),
     };
-    json!({
+    let mut object = json!({
         "Id": record.id,
         "Name": format!("/{}", record.name),
         "Created": spec.created.to_string(),
@@ -168,12 +175,12 @@ fn object(engine: &Engine, record: &Record) -> Value {
             "StopSignal": spec.stop_signal.to_string(),
             "StopTimeout": spec.stop_timeout,
         },
+        "Mounts": engine.mounts(record),
         "HostConfig": {
             "AutoRemove": spec.auto_remove,
             "RestartPolicy": { "Name": restart, "MaximumRetryCount": most },
             "ReadonlyRootfs": spec.writable == Layer::Nothing,
-            "Memory": spec.memory,
-            "NanoCpus": u64::from(spec.cpus) * 1_000_000_000,
+            "StorageOpt": storage_opt(spec),
             "LogConfig": {
                 "Type": "json-file",
                 "Config": {
@@ -184,13 +191,28 @@ fn object(engine: &Engine, record: &Record) -> Value {
         },
         "VmRun": {
             "Template": state.template,
+            "MachineMemory": spec.memory,
+            "MachineCpus": spec.cpus,
             "Domain": spec.domain,
             "Jail": !spec.no_jail,
             "WritableLayer": spec.writable,
             "WritableBytes": engine.disk_bytes(record),
             "Supervisor": state.supervisor,
         },
-    })
+    });
+    spec.options.describe(&mut object);
+    if let Some(health) = &state.health {
+        object["State"]["Health"] = health.describe();
+    }
+    object
+}
+
+/// Docker's, which are strings.
+fn storage_opt(spec: &Spec) -> Value {
+    match spec.writable_size {
+        Some(size) => json!({ "size": size.to_string() }),
+        None => json!({}),
+    }
 }
 
 /// What containers cost.

@@ -2,12 +2,13 @@
 //!
 //! A frame is a kind (one byte), a length (u32, little-endian) and as many bytes. The
 //! client's first is a [`Request`] in JSON, the supervisor's first the [`Answer`] to
-//! it. After [`Request::Start`], [`Request::Attach`] and [`Request::Exec`] the
-//! connection is a session: input, sizes and signals go one way, output the other, and
+//! it. After [`Request::Start`], [`Request::Attach`], [`Request::Exec`] and
+//! [`Request::Task`] the connection is a session: input, sizes and signals go one way, output the other, and
 //! the last frame is [`Frame::Ended`]. After any other there is nothing more.
 
 use anyhow::{Context, Result, bail};
 use fork::WindowSize;
+use fork::task::Task;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
@@ -31,8 +32,14 @@ pub enum Request {
         /// Whether input may come.
         stdin: bool,
     },
+    /// In the place of [`Request::Start`]: open the container's files, and start nothing,
+    /// until the connection is closed by whoever asked. Answered when they are open, and
+    /// again when they are closed.
+    Open,
     /// Start one more process.
     Exec(Exec),
+    /// Have something done in the container.
+    Task(Task),
     /// Send a signal to the first process, by number.
     Signal(i32),
     /// End: by a signal, and by SIGKILL if it has not in so many seconds. Answered when
@@ -99,6 +106,9 @@ pub struct Exec {
     pub detach: bool,
     /// The size of its terminal.
     pub window: Option<Window>,
+    /// Whether it has all capabilities.
+    #[serde(default)]
+    pub privileged: bool,
 }
 
 /// What becomes of a request.
@@ -167,7 +177,8 @@ pub enum Frame {
 }
 
 const MESSAGE: u8 = 0;
-const INPUT: u8 = 1;
+/// Of [`Frame::Input`], for those who send input without owning it.
+pub const INPUT: u8 = 1;
 const INPUT_ENDED: u8 = 2;
 const RESIZE: u8 = 3;
 const SIGNAL: u8 = 4;

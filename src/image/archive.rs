@@ -3,7 +3,6 @@
 
 use super::error::{Context, ImageError, Result, printable};
 use super::layer::{Compression, Metered, Scratch, decompress};
-use super::tarball::{Kind, Stream, TarReader};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use std::collections::HashMap;
 use std::fs::File;
@@ -11,6 +10,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use vm_run_archive::{Kind, Stream, TarReader};
 
 /// Symbolic links from member to member, as old `docker save` made them for layers.
 const MOST_LINKS: usize = 8;

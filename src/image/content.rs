@@ -1,12 +1,12 @@
 //! Where a regular file's bytes are until they are written into an image.
 
 use super::error::{Context, ImageError, Result, printable};
-use super::tarball::Piece;
 use rustix::fs::{Mode, OFlags, ResolveFlags, Stat, openat2};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use vm_run_archive::Piece;
 
 /// The bytes of a regular file.
 #[derive(Clone, Debug)]

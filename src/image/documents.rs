@@ -45,6 +45,44 @@ pub struct ImageConfig {
     /// Free-form.
     #[serde(rename = "Labels", deserialize_with = "or_default")]
     pub labels: BTreeMap<String, String>,
+    /// How its containers are asked whether they are well.
+    #[serde(rename = "Healthcheck", skip_serializing_if = "Option::is_none")]
+    pub health: Option<ImageHealth>,
+    /// The shell of its commands that are one line; empty for `/bin/sh -c`.
+    #[serde(rename = "Shell", deserialize_with = "or_default")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shell: Vec<String>,
+    /// Ports that its programs listen on, `PORT/PROTOCOL` each; what they are mapped to
+    /// is always an empty object.
+    #[serde(rename = "ExposedPorts", deserialize_with = "or_default")]
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub exposed_ports: BTreeMap<String, serde_json::Value>,
+    /// Where it wants volumes: the names count.
+    #[serde(
+        rename = "Volumes",
+        deserialize_with = "or_default",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
+    pub volumes: BTreeMap<String, serde_json::Value>,
+}
+
+/// Docker's health check of an image; times in nanoseconds, zero for what is not said.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub struct ImageHealth {
+    /// Nothing, `NONE`, `CMD` and a command line, or `CMD-SHELL` and a line.
+    #[serde(deserialize_with = "or_default")]
+    pub test: Vec<String>,
+    /// From one to the next.
+    pub interval: u64,
+    /// For one.
+    pub timeout: u64,
+    /// In which a failure does not count.
+    pub start_period: u64,
+    /// From one to the next in that time.
+    pub start_interval: u64,
+    /// So many failures in a row.
+    pub retries: u32,
 }
 
 /// An image's configuration: what of it decides anything here.

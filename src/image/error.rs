@@ -2,6 +2,8 @@
 
 use std::io;
 
+pub use vm_run_archive::printable;
+
 /// Why an image could not be had, found, given away or removed. Each message is one line;
 /// the cause, where there is one, is the source.
 #[derive(Debug, thiserror::Error)]
@@ -138,17 +140,22 @@ impl From<ImageError> for io::Error {
     }
 }
 
-/// A name from an archive, made fit for one line of a terminal.
-pub fn printable(name: &[u8]) -> String {
-    const LONGEST: usize = 160;
-    let text = String::from_utf8_lossy(name);
-    let mut shown: String = text
-        .chars()
-        .take(LONGEST)
-        .flat_map(char::escape_debug)
-        .collect();
-    if text.chars().nth(LONGEST).is_some() {
-        shown.push_str("...");
+impl From<vm_run_archive::Error> for ImageError {
+    fn from(error: vm_run_archive::Error) -> Self {
+        use vm_run_archive::Error;
+        match error {
+            Error::Tar(what) => Self::Tar(what),
+            Error::Entry { entry, reason } => Self::Entry { entry, reason },
+            Error::Conflict { entry, reason } => Self::Entry {
+                entry,
+                reason: reason.to_owned(),
+            },
+            Error::Limit(what) => Self::Limit(what),
+            // An error of ours may have travelled through the stream.
+            Error::Io { what, source } => match source.downcast::<Self>() {
+                Ok(inner) => inner,
+                Err(source) => Self::Io { what, source },
+            },
+        }
     }
-    shown
 }

@@ -7,12 +7,12 @@ use super::error::{Context, Result};
 use super::layer::Scratch;
 use super::limits::Limits;
 use super::merge;
-use super::tarball::{Stream, TarReader};
 use super::tree::Tree;
 use crate::progress::Quiet;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
+use vm_run_archive::{Stream, TarReader};
 
 /// Bounds small enough for thousands of runs a second.
 fn limits() -> Limits {

@@ -4,7 +4,6 @@ use super::digest::{HashReader, Hasher};
 use super::error::{Context, ImageError, Result};
 use super::limits::Limits;
 use super::merge;
-use super::tarball::{Stream, TarReader};
 use super::tree::Tree;
 use crate::progress::Progress;
 use std::cell::Cell;
@@ -13,6 +12,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
+use vm_run_archive::{Stream, TarReader};
 
 const BUFFER: usize = 128 << 10;
 /// 2^27 bytes: what `zstd --long` asks for by default, and zstd's own bound.

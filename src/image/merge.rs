@@ -12,10 +12,10 @@
 
 use super::content::Content;
 use super::error::{ImageError, Result};
-use super::tarball::{Entry, Kind};
 use super::tree::{Body, Children, Meta, Node, NodeId, Tree, Xattrs, check_name, refused};
 use std::fs::File;
 use std::sync::Arc;
+use vm_run_archive::{Entry, Kind};
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";

@@ -1,7 +1,7 @@
 //! Container images: read, merged, written as one read-only file system, and kept.
 //!
 //! ```text
-//! archive   docker-archive or OCI layout: members by name      (tarball reads tar)
+//! archive   docker-archive or OCI layout: members by name  (vm-run-archive reads tar)
 //! documents manifest, index, configuration                     -> which layers
 //! layer     decompress, check digests, and merge               -> tree
 //! tree      names and metadata in memory; contents stay put    (hostdir: from a directory)
@@ -39,10 +39,9 @@ mod reference;
 #[cfg(not(fuzzing))]
 mod registry;
 mod store;
-mod tarball;
 mod tree;
 
-pub use documents::ImageConfig;
+pub use documents::{ImageConfig, ImageHealth};
 #[cfg(not(fuzzing))]
 pub use obtain::{PullPolicy, obtain};
 #[cfg(not(fuzzing))]

@@ -49,7 +49,12 @@ fn chosen_too_late(
         (args.entrypoint.is_some(), "--entrypoint"),
         (args.rootfs.is_some(), "--rootfs"),
         (args.read_only, "--read-only"),
+        (
+            args.volumes.given().is_some(),
+            args.volumes.given().unwrap_or_default(),
+        ),
         (args.writable_memory.is_some(), "--writable-memory"),
+        (!args.storage_opt.is_empty(), "--storage-opt"),
         (
             !args.words.is_empty() && !follow_dashes(line, args.words.len()),
             "an IMAGE",
@@ -58,6 +63,8 @@ fn chosen_too_late(
     options
         .into_iter()
         .find_map(|(is_given, what)| is_given.then_some(what))
+        .or_else(|| args.options.given())
+        .or_else(|| args.size.given())
 }
 
 /// Whether `--` stands before the last `words` words of a command line.
@@ -130,7 +137,11 @@ mod tests {
             (&["--entrypoint", "sh"], "--entrypoint"),
             (&["--rootfs", "/", "--", "ls"], "--rootfs"),
             (&["--read-only"], "--read-only"),
+            (&["-v", "data:/data"], "-v"),
+            (&["--mount", "src=data,dst=/data"], "--mount"),
             (&["--writable-memory", "1m"], "--writable-memory"),
+            (&["--cap-add", "ALL"], "--cap-add"),
+            (&["-m", "64m"], "-m"),
         ];
         for (words, what) in cases {
             let error = planned(words).expect_err("is refused");

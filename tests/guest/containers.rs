@@ -5,31 +5,31 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// One state directory, and what is done in it.
-struct Host(tempfile::TempDir);
+pub struct Host(tempfile::TempDir);
 
 impl Host {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self(own_root())
     }
 
-    fn root(&self) -> &Path {
+    pub fn root(&self) -> &Path {
         self.0.path()
     }
 
     /// Any command.
-    fn ran(&self, words: &[&str]) -> Ran {
+    pub fn ran(&self, words: &[&str]) -> Ran {
         Call::vm_run_in(self.root(), words).end()
     }
 
     /// One that works; what it prints.
-    fn does(&self, words: &[&str]) -> String {
+    pub fn does(&self, words: &[&str]) -> String {
         let ran = self.ran(words);
         assert_eq!(ran.status, 0, "{words:?}: {ran}");
         ran.out()
     }
 
     /// `run -d`; the id that it prints.
-    fn detached(&self, words: &[&str]) -> String {
+    pub fn detached(&self, words: &[&str]) -> String {
         let ran = Call::run_to_keep(self.root(), &[&["-d"], words].concat()).end();
         assert_eq!(ran.status, 0, "{words:?}: {ran}");
         let out = ran.out();
@@ -48,7 +48,7 @@ impl Host {
             .collect()
     }
 
-    fn wait_for(&self, what: &str, is_so: impl Fn() -> bool) {
+    pub fn wait_for(&self, what: &str, is_so: impl Fn() -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !is_so() {
             assert!(Instant::now() < deadline, "{what} does not come");
@@ -190,11 +190,15 @@ fn clients_attach_and_leave_and_names_are_unique() {
     );
     let mut first = Call::vm_run_in(host.root(), &["attach", "cat"]).start();
     let mut second = Call::vm_run_in(host.root(), &["attach", "--no-stdin", "cat"]).start();
-    // Both are there before anything is said.
-    std::thread::sleep(Duration::from_secs(1));
     first.say("hello");
     first.expect("hello");
-    second.expect("hello");
+    // Whoever comes late misses what was said before.
+    let deadline = Instant::now() + PATIENCE;
+    while !second.has("hello again") {
+        assert!(Instant::now() < deadline, "it hears nothing");
+        first.say("hello again");
+        std::thread::sleep(Duration::from_millis(200));
+    }
     let killed = host.does(&["kill", "-s", "TERM", "cat"]);
     assert_eq!(killed, "cat\n");
     // PID 1 of a namespace that does not ask for a signal does not get it.

@@ -3,7 +3,10 @@
 
 mod bad_input;
 mod containers;
+mod copy;
 mod death;
+mod differential;
+mod health;
 mod identity;
 mod installed;
 mod isolation;
@@ -15,6 +18,7 @@ mod pages;
 mod root_window;
 mod streams;
 mod support;
+mod volumes;
 mod warm;
 mod warm_cli;
 mod workloads;

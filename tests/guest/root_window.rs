@@ -123,6 +123,6 @@ print(written, open('/copy', 'rb').read() == mapped[:], open('/after').read())
 
 #[test]
 fn a_file_is_written_straight_from_the_mapped_image() {
-    let ran = Call::run(&["--rm", python(), "python3", "-c", WRITE_FROM_MAPPING]).end();
+    let ran = Call::run(&[python(), "python3", "-c", WRITE_FROM_MAPPING]).end();
     assert_eq!(ran.out(), "1048576 True the disk lives\n", "{ran}");
 }

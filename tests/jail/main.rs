@@ -4,6 +4,7 @@
 //! This program is also the worker, with [`probe`] in a VM's place, so it has a `main`
 //! of its own.
 
+mod broker;
 mod probe;
 mod support;
 
@@ -16,7 +17,7 @@ use support::*;
 fn main() -> ExitCode {
     let role = std::env::args().skip(1).find(|word| !word.starts_with("-"));
     match role.as_deref() {
-        Some("spawner" | "worker") => fork::worker::main_with(probe::run),
+        Some("spawner" | "worker" | "broker") => fork::worker::main_with(probe::run),
         Some("owner") => owner(),
         filter => run_tests(TESTS, filter.unwrap_or_default()),
     }
@@ -31,6 +32,15 @@ const TESTS: &[(&str, fn())] = &[
         "what_is_not_listed_kills_each_kind_of_thread",
         what_is_not_listed_kills,
     ),
+    (
+        "a_broker_has_its_volumes_and_no_more",
+        broker::has_its_volumes_and_no_more,
+    ),
+    (
+        "a_broker_serves_owners_and_keeps_read_only_what_is",
+        broker::serves_owners_and_keeps_read_only,
+    ),
+    ("a_broker_ends_with_its_guest", broker::ends_with_its_guest),
     ("a_vm_lives_under_the_lists", a_vm_lives_under_the_lists),
     (
         "a_worker_has_what_it_was_given_and_no_more",

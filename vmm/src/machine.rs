@@ -12,9 +12,10 @@
 //! | virtio-blk `vda`: the root image, read-only | 0xd0003000 | 7 |
 //! | virtio-blk `vdb`: the writable layer | 0xd0004000 | 8 |
 //! | virtio-pmem: the root image again, mapped (`window.rs`) | 0xd0005000 | 9 |
+//! | virtio-fs `volumes`: what the child's file server serves | 0xd0006000 | 10 |
 //!
-//! The disks' slots and the window are part of a template; the files behind them
-//! are bound at the fork.
+//! The disks' slots, the window and the tag are part of a template; the files behind
+//! them, and the server, are bound at the fork.
 
 use crate::error::Error;
 use crate::io::Io;
@@ -23,6 +24,7 @@ use crate::layout::{SERIAL_IRQ, SERIAL_PORT, VIRTIO_IRQ, VIRTIO_MMIO, VIRTIO_MMI
 use crate::moment::Moment;
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockState};
+use devices::virtio::fs::{Fs, FsState};
 use devices::virtio::mmio::{MmioTransport, TransportState};
 use devices::virtio::pmem::{Pmem, PmemState};
 use devices::virtio::rng::{Rng, RngState};
@@ -33,11 +35,12 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_run_abi::{PAGE_SIZE, doorbell};
 
 /// How many virtio-mmio windows the machine has.
-pub(crate) const VIRTIO_DEVICES: u32 = 5;
+pub(crate) const VIRTIO_DEVICES: u32 = 6;
 
 /// How large the two disks claim to be, in sectors of 512 bytes. A driver reads
 /// the size when it probes, in the parent, long before a file is bound; reads
@@ -104,6 +107,7 @@ pub(crate) struct Devices {
     pub(crate) root: Arc<Mutex<MmioTransport<Block>>>,
     pub(crate) writable: Arc<Mutex<MmioTransport<Block>>>,
     pub(crate) pmem: Arc<Mutex<MmioTransport<Pmem>>>,
+    pub(crate) volumes: Arc<Mutex<MmioTransport<Fs>>>,
 }
 
 /// A virtio device's state, registers and all.
@@ -122,6 +126,7 @@ pub(crate) struct DevicesState {
     root: Virtio<BlockState>,
     writable: Virtio<BlockState>,
     pmem: Virtio<PmemState>,
+    volumes: Virtio<FsState>,
 }
 
 impl DevicesState {
@@ -145,6 +150,7 @@ impl DevicesState {
                 transport: TransportState::default(),
                 device: state_of(window),
             },
+            volumes: Virtio::default(),
         }
     }
 }
@@ -174,6 +180,7 @@ impl Devices {
         let vsock = Vsock::restore(&s.vsock.device).map_err(refused("vsock"))?;
         let rng = Rng::restore(&s.rng.device);
         let pmem = Pmem::restore(&s.pmem.device).map_err(refused("the root window"))?;
+        let volumes = Fs::restore(&s.volumes.device);
         Ok(Self {
             serial: Arc::new(Mutex::new(serial)),
             rng: attach(rng, memory, irq(VIRTIO_IRQ), &s.rng.transport)?,
@@ -181,11 +188,18 @@ impl Devices {
             root: attach(root, memory, irq(VIRTIO_IRQ + 2), &s.root.transport)?,
             writable: attach(writable, memory, irq(VIRTIO_IRQ + 3), &s.writable.transport)?,
             pmem: attach(pmem, memory, irq(VIRTIO_IRQ + 4), &s.pmem.transport)?,
+            volumes: attach(volumes, memory, irq(VIRTIO_IRQ + 5), &s.volumes.transport)?,
         })
     }
 
-    /// Binds the disks' files, before the guest runs.
-    pub(crate) fn bind(&self, disks: Disks) -> Result<(), Error> {
+    /// Binds the disks' files and the volumes' server, before the guest runs.
+    pub(crate) fn bind(&self, disks: Disks, volumes: Option<OwnedFd>) -> Result<(), Error> {
+        if let Some(server) = volumes {
+            lock(&self.volumes)
+                .device_mut()
+                .bind(server)
+                .map_err(refused("the volumes"))?;
+        }
         for (device, file, name) in [
             (&self.root, disks.root, "the root disk"),
             (&self.writable, disks.writable, "the writable disk"),
@@ -210,6 +224,7 @@ impl Devices {
             root: save(&self.root),
             writable: save(&self.writable),
             pmem: save(&self.pmem),
+            volumes: save(&self.volumes),
         }
     }
 
@@ -222,8 +237,16 @@ impl Devices {
             lock(&self.root).kick(),
             lock(&self.writable).kick(),
             lock(&self.pmem).kick(),
+            self.kick_volumes(),
         ]
         .contains(&true)
+    }
+
+    /// A look at queues writes to pages that were the template's. Without a server nobody
+    /// has mounted anything, so there is nothing to see.
+    fn kick_volumes(&self) -> bool {
+        let mut volumes = lock(&self.volumes);
+        volumes.device().has_server() && volumes.kick()
     }
 
     /// In the order of their windows.
@@ -234,6 +257,7 @@ impl Devices {
             self.root.clone(),
             self.writable.clone(),
             self.pmem.clone(),
+            self.volumes.clone(),
         ]
     }
 
@@ -245,6 +269,7 @@ impl Devices {
             self.root.clone(),
             self.writable.clone(),
             self.pmem.clone(),
+            self.volumes.clone(),
         ]
     }
 }

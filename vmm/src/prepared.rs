@@ -28,6 +28,7 @@ use crate::vcpu::thread::{Go, Order, Restore, Seat};
 use crate::vm::{Timeline, Vm, VmState};
 use devices::Console;
 use kvm_ioctls::VcpuFd;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
@@ -35,6 +36,8 @@ use std::sync::mpsc::Receiver;
 pub struct Birth {
     /// The files behind its disks.
     pub disks: Disks,
+    /// The server of its volumes: see [`devices::virtio::fs::Fs::bind`].
+    pub volumes: Option<OwnedFd>,
     /// Whether the root image is mapped into the guest too, if it fits its root
     /// window: it shares the image's pages with all who map them.
     pub map_root: bool,
@@ -189,7 +192,7 @@ impl Prepared {
         if let Some(root) = birth.disks.root.as_ref().filter(|_| birth.map_root) {
             parts.kvm.window.bind(root)?;
         }
-        parts.devices.bind(birth.disks)?;
+        parts.devices.bind(birth.disks, birth.volumes)?;
         for (gpa, bytes) in &birth.patches {
             parts.kvm.ram.write(*gpa, bytes)?;
         }

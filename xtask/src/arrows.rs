@@ -5,12 +5,13 @@ use anyhow::{Result, bail};
 use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
 
 /// Which of our crates each may use.
-const ARROWS: [(&str, &[&str]); 6] = [
-    ("vm-run", &["vm-run-fork"]),
+const ARROWS: [(&str, &[&str]); 7] = [
+    ("vm-run", &["vm-run-fork", "vm-run-archive"]),
     ("vm-run-fork", &["vm-run-vmm", "vm-run-abi"]),
     ("vm-run-vmm", &["vm-run-devices", "vm-run-abi"]),
     ("vm-run-devices", &[]),
     ("vm-run-abi", &[]),
+    ("vm-run-archive", &[]),
     ("xtask", &[]),
 ];
 

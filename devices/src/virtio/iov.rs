@@ -39,6 +39,31 @@ impl IoVec {
         }
     }
 
+    /// The same, with `head` before the slices; the caller keeps it for as long as this
+    /// lives.
+    fn with_head(head: (*mut u8, usize), slices: &[VolatileSlice<'_>]) -> Self {
+        let mut this = Self::new(&slices[..slices.len().min(IOV_MAX - 1)]);
+        let head = libc::iovec {
+            iov_base: head.0.cast(),
+            iov_len: head.1,
+        };
+        this.entries.insert(0, head);
+        this
+    }
+
+    /// A message of these, for sendmsg(2) and recvmsg(2): valid for as long as this.
+    fn message(&mut self) -> libc::msghdr {
+        libc::msghdr {
+            msg_name: std::ptr::null_mut(),
+            msg_namelen: 0,
+            msg_iov: self.entries.as_mut_ptr(),
+            msg_iovlen: self.entries.len(),
+            msg_control: std::ptr::null_mut(),
+            msg_controllen: 0,
+            msg_flags: 0,
+        }
+    }
+
     /// No more than `IOV_MAX`, so the cast is exact.
     fn count(&self) -> libc::c_int {
         self.entries.len() as libc::c_int
@@ -96,17 +121,39 @@ pub(super) fn readv(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Res
 /// `sendmsg(2)` from `slices` to a socket: does not block, raises no SIGPIPE.
 pub(super) fn send(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
     let mut iov = IoVec::new(slices);
-    let message = libc::msghdr {
-        msg_name: std::ptr::null_mut(),
-        msg_namelen: 0,
-        msg_iov: iov.entries.as_mut_ptr(),
-        msg_iovlen: iov.entries.len(),
-        msg_control: std::ptr::null_mut(),
-        msg_controllen: 0,
-        msg_flags: 0,
-    };
+    let message = iov.message();
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     // SAFETY: `message` and the entries that it points to outlive the call; each
     // entry points to memory that its guard keeps mapped; the kernel only reads it.
     retry(|| unsafe { libc::sendmsg(fd.as_raw_fd(), &message, flags) })
+}
+
+/// `sendmsg(2)` of one packet, `head` and then `slices`: waits while the socket is full,
+/// raises no SIGPIPE.
+pub(super) fn send_packet(
+    fd: BorrowedFd<'_>,
+    head: &[u8],
+    slices: &[VolatileSlice<'_>],
+) -> io::Result<usize> {
+    let mut iov = IoVec::with_head((head.as_ptr().cast_mut(), head.len()), slices);
+    let message = iov.message();
+    // SAFETY: `message`, the entries that it points to and `head` outlive the call; each
+    // other entry points to memory that its guard keeps mapped; the kernel only reads it.
+    retry(|| unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL) })
+}
+
+/// `recvmsg(2)` of one packet into `head` and then `slices`: waits for it. The length is
+/// that of the packet, which may be longer than what it was read into.
+pub(super) fn receive_packet(
+    fd: BorrowedFd<'_>,
+    head: &mut [u8],
+    slices: &[VolatileSlice<'_>],
+) -> io::Result<usize> {
+    let mut iov = IoVec::with_head((head.as_mut_ptr(), head.len()), slices);
+    let mut message = iov.message();
+    // SAFETY: `message`, the entries that it points to and `head`, which is borrowed
+    // mutably, outlive the call; each other entry points to memory that its guard keeps
+    // mapped, of the length given; the kernel writes nothing else. No descriptors are
+    // taken: there is no room for control messages.
+    retry(|| unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_TRUNC) })
 }

@@ -5,6 +5,7 @@
 
 pub mod block;
 pub mod chain;
+pub mod fs;
 #[allow(unsafe_code)]
 mod iov;
 pub mod mmio;
@@ -20,6 +21,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 pub use block::{Block, BlockError, BlockState};
 pub use chain::{Buffers, Chain, ChainError};
+pub use fs::{Fs, FsError, FsState};
 pub use mmio::{MmioTransport, RestoreError, TransportState};
 pub use pmem::{Pmem, PmemError, PmemState};
 pub use queue::{DeviceIo, QueueError, QueueState};

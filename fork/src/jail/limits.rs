@@ -1,6 +1,7 @@
 //! The bounds of a worker: those that cgroups keep, and resource limits.
 
 use super::Error;
+use crate::volumes::broker;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +40,20 @@ const FILE: u64 = 1 << 40;
 /// Signals that wait: a vCPU is kicked by a queued signal (signal(7), real-time).
 const SIGNALS: u64 = 1024;
 
+/// Sets the resource limits of a broker. Its files may be of any size: they are the
+/// host's own.
+pub(super) fn set_broker() -> Result<(), Error> {
+    set_all([
+        (Resource::Nofile, broker::DESCRIPTORS),
+        (Resource::Nproc, 1),
+        (Resource::Core, 0),
+        (Resource::Memlock, 0),
+        (Resource::Msgqueue, 0),
+        (Resource::Nice, 0),
+        (Resource::Rtprio, 0),
+    ])
+}
+
 /// Sets the resource limits (getrlimit(2)). `processes` counts all processes of the
 /// uid, so it is for a worker that has a uid of its own: then it bounds threads even
 /// where no pids cgroup does.
@@ -56,7 +71,11 @@ pub(super) fn set(processes: Option<u32>) -> Result<(), Error> {
         (Resource::Sigpending, SIGNALS),
     ];
     let of_uid = processes.map(|most| (Resource::Nproc, u64::from(most)));
-    for (resource, most) in fixed.into_iter().chain(of_uid) {
+    set_all(fixed.into_iter().chain(of_uid))
+}
+
+fn set_all(limits: impl IntoIterator<Item = (Resource, u64)>) -> Result<(), Error> {
+    for (resource, most) in limits {
         // Hard limits only go down without CAP_SYS_RESOURCE.
         let most = getrlimit(resource)
             .maximum

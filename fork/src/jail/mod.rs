@@ -8,13 +8,16 @@
 //! of a template. What it needs is open by then: its socket and /dev/kvm, which the
 //! worker cannot open again.
 
+mod broker;
 pub(crate) mod cgroup;
 mod limits;
 mod namespaces;
 mod privileges;
 mod seccomp;
 
+pub(crate) use broker::enter_broker;
 pub use limits::Limits;
+pub(crate) use seccomp::confine_broker;
 #[doc(hidden)]
 pub use seccomp::{Thread, confine};
 
@@ -92,7 +95,7 @@ pub(crate) fn enter(
     stderr: BorrowedFd<'_>,
 ) -> Result<(), Error> {
     one_thread()?;
-    no_descriptor_but(socket)?;
+    no_descriptor_but(&[socket])?;
     match *confinement {
         Confinement::Full { uid, processes } => {
             namespaces::leave_host()?;
@@ -118,7 +121,7 @@ fn one_thread() -> Result<(), Error> {
 
 /// The spawner hands on none but the standard streams, and [`Host`](vmm::Host) opens
 /// /dev/kvm and the map of this process's own pages; this is the proof.
-fn no_descriptor_but(socket: BorrowedFd<'_>) -> Result<(), Error> {
+fn no_descriptor_but(given: &[BorrowedFd<'_>]) -> Result<(), Error> {
     // The pid as this /proc has it: in its own namespace it is another.
     let pid = fs::read_link("/proc/self").map_err(Error::file("/proc/self"))?;
     let own = |file| format!("/proc/{}/{file}", pid.display());
@@ -129,7 +132,9 @@ fn no_descriptor_but(socket: BorrowedFd<'_>) -> Result<(), Error> {
         let target = fs::read_link(entry.path()).map_err(Error::file("/proc/self/fd"))?;
         let target = target.to_string_lossy().into_owned();
         let known = matches!(fd.as_str(), "0" | "1" | "2")
-            || fd == socket.as_raw_fd().to_string()
+            || given
+                .iter()
+                .any(|given| fd == given.as_raw_fd().to_string())
             || known_files.contains(&target);
         if !known {
             return Err(Error::Descriptor { fd, target });

@@ -5,6 +5,7 @@
 //! spawner then reports. A thread's list is a part of the main thread's, which every
 //! thread inherits.
 
+mod broker;
 mod calls;
 
 use calls::{Call, Check};
@@ -51,8 +52,20 @@ pub fn confine(thread: Thread) -> Result<(), Error> {
         // First: it is of no use where the list below is in force already.
         apply_filter(&no_clone3()?)?;
     }
+    install(&list)
+}
+
+/// Confines a broker, which has one thread, to what serves files.
+///
+/// # Errors
+/// As [`confine`].
+pub(crate) fn confine_broker() -> Result<(), Error> {
+    install(&broker::list(std::process::id()))
+}
+
+fn install(list: &[Call]) -> Result<(), Error> {
     let mut rules = BTreeMap::new();
-    for call in &list {
+    for call in list {
         rules.insert(call.number, call.rules()?);
     }
     // What is listed twice would lose its first conditions.
@@ -137,6 +150,47 @@ mod tests {
         let main = numbers(Thread::Main);
         for thread in [Thread::Vcpu, Thread::Io] {
             assert!(numbers(thread).is_subset(&main), "{thread:?}");
+        }
+    }
+
+    #[test]
+    fn a_broker_makes_files_and_nothing_else() {
+        let list = broker::list(1);
+        let numbers: BTreeSet<i64> = list.iter().map(|call| call.number).collect();
+        assert_eq!(numbers.len(), list.len());
+        let mut rules = BTreeMap::new();
+        for call in &list {
+            rules.insert(call.number, call.rules().expect("rules"));
+        }
+        program(rules, SeccompAction::KillProcess, SeccompAction::Allow).expect("a filter");
+        for number in [
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_clone,
+            libc::SYS_clone3,
+            libc::SYS_fork,
+            libc::SYS_socket,
+            libc::SYS_socketpair,
+            libc::SYS_connect,
+            libc::SYS_recvmsg,
+            libc::SYS_mount,
+            libc::SYS_open_tree,
+            libc::SYS_move_mount,
+            libc::SYS_pivot_root,
+            libc::SYS_chroot,
+            libc::SYS_chdir,
+            libc::SYS_setns,
+            libc::SYS_unshare,
+            libc::SYS_ptrace,
+            libc::SYS_kill,
+            libc::SYS_ioctl,
+            libc::SYS_bpf,
+            libc::SYS_capset,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_io_uring_setup,
+            libc::SYS_prlimit64,
+        ] {
+            assert!(!numbers.contains(&number), "{number}");
         }
     }
 

@@ -4,7 +4,7 @@
 //! starts *workers*: processes of the program `vm-run-worker`, whose `main` is
 //! [`main`]. [`Workers`] is the spawner as its owner sees it.
 
-mod packet;
+pub(crate) mod packet;
 mod process;
 mod protocol;
 mod remote;

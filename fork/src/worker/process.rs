@@ -4,6 +4,7 @@ use super::packet;
 use super::serve;
 use super::spawner::{self, Start};
 use crate::jail::{self, Thread};
+use crate::volumes::broker;
 use rustix::stdio::dup2_stdin;
 use rustix::thread::set_name;
 use rustix::time::{ClockId, clock_gettime};
@@ -23,6 +24,7 @@ const PROGRAM: &str = "vm-run-worker";
 /// What it is started as.
 pub(super) const SPAWNER: &str = "spawner";
 pub(super) const WORKER: &str = "worker";
+pub(super) const BROKER: &str = "broker";
 
 /// The first packet of a worker to its owner: it is in its jail, or why not.
 pub(super) type Entered = Result<(), String>;
@@ -93,6 +95,7 @@ pub fn main_with(payload: impl FnOnce(OwnedFd, Host) -> ExitCode) -> ExitCode {
     let done = match role.as_deref().and_then(OsStr::to_str) {
         Some(SPAWNER) => spawner::run(socket).map(|()| ExitCode::SUCCESS),
         Some(WORKER) => worker(socket, payload),
+        Some(BROKER) => broker(&socket).map(|()| ExitCode::SUCCESS),
         _ => Err(io::Error::other(
             "this program is started by vm-run, not by hand",
         )),
@@ -115,6 +118,14 @@ fn take_stdin() -> io::Result<OwnedFd> {
 fn last_words(line: &str) {
     if writeln!(io::stderr(), "{PROGRAM}: {line}").is_err() {
         log::error!("{line}");
+    }
+}
+
+/// A broker: waits until it is in its cgroup; the rest is said by its owner.
+fn broker(socket: &OwnedFd) -> io::Result<()> {
+    match packet::receive::<Start>(socket)? {
+        Some(_) => broker::run(socket),
+        None => Ok(()),
     }
 }
 

@@ -26,13 +26,15 @@ pub(crate) enum ToWorker {
         /// Guest memory, in bytes.
         memory: u64,
     },
-    /// Make it a child, and run it. With it: the files of the disks that it has.
+    /// Make it a child, and run it. With it: the files of the disks that it has, and the
+    /// socket to the server of its volumes.
     Start {
         asked: Moment,
         /// What the identity page is to hold.
         identity: Vec<u8>,
         has_root: bool,
         has_writable: bool,
+        has_volumes: bool,
         map_root: bool,
         hold: bool,
     },

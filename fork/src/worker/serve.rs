@@ -69,6 +69,7 @@ impl Worker {
                 identity,
                 has_root,
                 has_writable,
+                has_volumes,
                 map_root,
                 hold,
             } => {
@@ -79,7 +80,9 @@ impl Worker {
                     root: has_root.then(|| with.next()).flatten(),
                     writable: has_writable.then(|| with.next()).flatten(),
                 };
-                let birth = self.birth(&prepared, &identity, disks, map_root, hold);
+                let mut birth = self.birth(&prepared, &identity, disks, map_root, hold);
+                let server = has_volumes.then(|| with.next()).flatten();
+                birth.volumes = server.map(OwnedFd::from);
                 let vm = prepared.start(asked, birth).map_err(|e| e.to_string())?;
                 let started = FromWorker::Started {
                     timeline: vm.timeline(),
@@ -144,6 +147,7 @@ impl Worker {
         });
         Birth {
             disks,
+            volumes: None,
             map_root,
             patches: vec![(identity::GPA, identity.to_vec())],
             events: sink,

@@ -13,6 +13,7 @@ use super::packet;
 use super::process::{Entered, SPAWNER};
 use crate::error::Error;
 use crate::jail::{Confinement, Limits};
+use crate::volumes::{Volume, broker};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -58,7 +59,7 @@ pub struct WorkersSpec {
 /// What became of the workers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
-    /// Those that were started.
+    /// Those that were started, brokers among them.
     pub started: u64,
     /// Those of them that have ended and been reaped.
     pub gone: u64,
@@ -99,6 +100,8 @@ enum Request {
     Configure { version: String, jail: Jail },
     /// Start a worker.
     Spawn,
+    /// Start a broker.
+    Broker,
     /// Count.
     Counts,
 }
@@ -212,6 +215,23 @@ impl Workers {
                 "worker {pid} died on its way into its jail"
             ))),
         }
+    }
+
+    /// Starts a broker for these volumes, and waits until it serves. Returns the socket
+    /// for the worker of the child that is to have them; the broker ends when it is
+    /// closed.
+    ///
+    /// # Errors
+    /// Workers without a jail, too many volumes, or what kept the broker from its jail.
+    #[doc(hidden)]
+    pub fn serve(&self, volumes: &[Volume]) -> Result<(OwnedFd, Pid), Error> {
+        let (pid, socket) = match self.ask(&Request::Broker)? {
+            (Reply::Spawned { pid }, Some(socket)) => (pid, socket),
+            (other, _) => return Err(unexpected(other)),
+        };
+        let pid = Pid::from_raw(pid).ok_or_else(|| unexpected(Reply::Spawned { pid }))?;
+        broker::set_up(&socket, volumes)?;
+        Ok((socket, pid))
     }
 
     /// How many workers were started, and how many of them are gone.

@@ -13,11 +13,13 @@ extern crate alloc;
 
 pub mod doorbell;
 pub mod identity;
+pub mod options;
 pub mod protocol;
+pub mod task;
 
 /// The version of everything in this crate. The agent stores it into
 /// [`doorbell::FORK_POINT`], so that a mismatch is found before any fork.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// The size of a guest page, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

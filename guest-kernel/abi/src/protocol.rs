@@ -28,6 +28,8 @@
 //! bytes of postcard. Both sides treat a longer or undecodable frame as the end
 //! of the connection.
 
+use crate::options::{ContainerOptions, ProcessOptions};
+use crate::task::Task;
 use alloc::string::String;
 use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
@@ -78,6 +80,10 @@ pub enum Stream {
 }
 
 /// From the host, on the control connection.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one at a time, and it goes by reference"
+)]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Mount the root file system and start the container's first process,
@@ -123,6 +129,23 @@ pub enum Request {
         process: ProcessId,
         /// To what.
         size: WindowSize,
+    },
+    /// In the place of [`Request::StartContainer`]: mount the file systems, and start a
+    /// first process that runs no program and only waits to be killed, so that tasks can
+    /// be done.
+    OpenContainer {
+        /// The file systems.
+        container: ContainerSpec,
+    },
+    /// Do something in the container that is no program's: one more process, told of as
+    /// by [`Request::Exec`].
+    Task {
+        /// Its name from now on; not [`CONTAINER`].
+        id: ProcessId,
+        /// What.
+        task: Task,
+        /// The streams that the host has opened; no [`Stream::Terminal`].
+        streams: Vec<Stream>,
     },
 }
 
@@ -206,6 +229,9 @@ pub struct WindowSize {
 /// The file systems of a container.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerSpec {
+    /// Whether the root image lies in the root window, to be mapped; it is on the first
+    /// disk in any case. Said by the fork, not by whoever starts a container.
+    pub mapped_root: bool,
     /// What lies over the read-only image.
     pub writable: Writable,
     /// Whether the container will say when it is warm: it finds the socket and the
@@ -214,6 +240,28 @@ pub struct ContainerSpec {
     /// Whether its disk outlives it: then all that it wrote is there before the host
     /// hears that it has ended.
     pub kept: bool,
+    /// What differs from every other container.
+    pub options: ContainerOptions,
+    /// The volumes that the host serves this child, each with its place.
+    pub volumes: Vec<Mount>,
+}
+
+/// The tag of the virtio-fs on which the host serves volumes. Its root has a directory or
+/// a file for each, by number: `0`, `1`, ...
+pub const VOLUMES_TAG: &str = "volumes";
+
+/// A volume in its place.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// The volume's number.
+    pub volume: u32,
+    /// Where the container finds it: an absolute path, of which links lead nowhere else
+    /// than in the container. Made if it is not there.
+    pub target: String,
+    /// Whether the container may not change it.
+    pub read_only: bool,
+    /// Whether an empty volume first gets a copy of what the image has there.
+    pub copy_up: bool,
 }
 
 /// The writable layer of a container.
@@ -249,4 +297,6 @@ pub struct ProcessSpec {
     pub streams: Vec<Stream>,
     /// The first size of the terminal, if [`Stream::Terminal`] is asked for.
     pub window: Option<WindowSize>,
+    /// What differs from every other process.
+    pub options: ProcessOptions,
 }

@@ -3,22 +3,44 @@
 use crate::exec::Failure;
 use crate::prepared::Prepared;
 use crate::process::{Process, start_failed};
+use crate::rootfs::Layers;
 use crate::spawn::{self, Resources, SpawnError, Spawned};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::Pid;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use vm_run_abi::protocol::{CONTAINER, ContainerSpec, Event, ProcessId, ProcessSpec, Stream};
+use vm_run_abi::task::Task;
 
 /// How many processes the host can have in a container at once.
 const MAX_PROCESSES: usize = 256;
 
 /// A process that the host has asked for, whose streams have not all come.
 #[derive(Debug)]
-struct Wanted {
-    /// For the first process.
-    container: Option<ContainerSpec>,
-    process: ProcessSpec,
+enum Wanted {
+    /// The first; without a program it only waits.
+    First(Box<ContainerSpec>, Option<ProcessSpec>),
+    /// One more.
+    Exec(ProcessSpec),
+    /// One more, which runs no program.
+    Task(Task, Vec<Stream>),
+}
+
+impl Wanted {
+    fn streams(&self) -> &[Stream] {
+        match self {
+            Self::First(_, None) => &[],
+            Self::First(_, Some(process)) | Self::Exec(process) => &process.streams,
+            Self::Task(_, streams) => streams,
+        }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if matches!(self, Self::Task(..)) && self.streams().contains(&Stream::Terminal) {
+            return Err("a task has no terminal".to_owned());
+        }
+        check_streams(self.streams())
+    }
 }
 
 /// What has come of a start.
@@ -47,6 +69,8 @@ pub struct Container {
     entrance: Option<OwnedFd>,
     /// What keeps its file systems to the end of the guest.
     mounts: Option<OwnedFd>,
+    /// What its root is put together of.
+    layers: Option<Layers>,
 }
 
 impl Container {
@@ -60,19 +84,33 @@ impl Container {
             is_kept: false,
             entrance: None,
             mounts: None,
+            layers: None,
         }
     }
 
+    /// Its root is there, of these layers.
+    pub fn has_root(&mut self, layers: Layers) {
+        self.layers = Some(layers);
+    }
+
+    /// Lets go of its file systems: whoever comes next finds them as they were left.
+    pub fn leave_root(&mut self) {
+        self.layers = None;
+    }
+
     /// Notes that the first process is to be started; `false` if it was before.
-    pub fn ask(&mut self, container: ContainerSpec, process: ProcessSpec) -> bool {
-        let container = Some(container);
-        self.want(CONTAINER, Wanted { container, process })
+    pub fn ask(&mut self, container: ContainerSpec, process: Option<ProcessSpec>) -> bool {
+        self.want(CONTAINER, Wanted::First(Box::new(container), process))
     }
 
     /// Notes that one more is to be started; `false` if the id was used before.
     pub fn ask_exec(&mut self, id: ProcessId, process: ProcessSpec) -> bool {
-        let container = None;
-        id != CONTAINER && self.want(id, Wanted { container, process })
+        id != CONTAINER && self.want(id, Wanted::Exec(process))
+    }
+
+    /// Notes that a task is to be done; `false` if the id was used before.
+    pub fn ask_task(&mut self, id: ProcessId, task: Task, streams: Vec<Stream>) -> bool {
+        id != CONTAINER && self.want(id, Wanted::Task(task, streams))
     }
 
     fn want(&mut self, id: ProcessId, wanted: Wanted) -> bool {
@@ -94,9 +132,8 @@ impl Container {
         let Some(wanted) = self.wanted.get(&id) else {
             return Ok(Start::Waiting);
         };
-        let streams = &wanted.process.streams;
-        let checked = check_streams(streams);
-        if checked.is_ok() && !streams.iter().all(|s| arrived.contains(s)) {
+        let checked = wanted.check();
+        if checked.is_ok() && !wanted.streams().iter().all(|s| arrived.contains(s)) {
             return Ok(Start::Waiting);
         }
         let spawned = match (checked, self.wanted.remove(&id)) {
@@ -120,11 +157,10 @@ impl Container {
     }
 
     fn spawn(&mut self, wanted: &Wanted, resources: &Resources) -> Result<Spawned, SpawnError> {
-        let Wanted { container, process } = wanted;
-        if let Some(container) = container {
+        if let Wanted::First(container, process) = wanted {
             self.is_kept = container.kept;
             return match self.prepared.take() {
-                Some(prepared) => Ok(prepared.start(container, process)?),
+                Some(prepared) => Ok(prepared.start(container, process.as_ref())?),
                 None => Err(Failure::other("the container was started before").into()),
             };
         }
@@ -137,7 +173,14 @@ impl Container {
                 let message = format!("the container has {MAX_PROCESSES} processes already");
                 Err(Failure::other(message).into())
             }
-            Some(entrance) if running => spawn::exec(resources, entrance.as_fd(), process),
+            Some(entrance) if running => match wanted {
+                Wanted::Exec(process) => spawn::exec(resources, entrance.as_fd(), process),
+                Wanted::Task(task, streams) => {
+                    let layers = self.layers.as_ref();
+                    spawn::task(resources, entrance.as_fd(), task, streams, layers)
+                }
+                Wanted::First(..) => Err(Failure::other("the container runs").into()),
+            },
             _ => Err(Failure::other("the container is not running").into()),
         }
     }

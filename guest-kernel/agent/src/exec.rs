@@ -39,11 +39,13 @@ impl From<String> for Failure {
 /// The longest passwd or group file that is looked at, in bytes.
 const ACCOUNTS_LIMIT: u64 = 16 << 20;
 
-/// The user that `spec` means in the image that is now the root.
-pub fn find_user(spec: &str) -> Result<User, Failure> {
+/// The user that `spec` means in the image that is now the root, in `groups` too.
+pub fn find_user(spec: &str, groups: &[String]) -> Result<User, Failure> {
     let passwd = read_accounts("/etc/passwd")?;
     let group = read_accounts("/etc/group")?;
-    user::resolve(spec, &passwd, &group).map_err(|e| Failure::other(e.to_string()))
+    user::resolve(spec, &passwd, &group)
+        .and_then(|user| user.and_in(groups, &group))
+        .map_err(|e| Failure::other(e.to_string()))
 }
 
 /// A file of the image, which may be anything: only a regular one is read, and
@@ -99,12 +101,19 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::KILL)
     .union(CapabilitySet::AUDIT_WRITE);
 
-/// Becomes `user`, with docker's capabilities if that is root and none if not.
-pub fn become_user(user: &User) -> Result<(), Failure> {
+/// Becomes `user`, with docker's capabilities or those of these that there are if that
+/// is root, and none if not.
+pub fn become_user(user: &User, wanted: Option<u64>) -> Result<(), Failure> {
     let step = |what: &str, result: rustix::io::Result<()>| {
         result.map_err(|e| Failure::other(format!("cannot {what}: {e}")))
     };
-    step("drop capabilities", drop_from_bounding_set())?;
+    let mut capabilities = CAPABILITIES;
+    if let Some(wanted) = wanted {
+        let held = rustix::thread::capabilities(None)
+            .map_err(|e| Failure::other(format!("cannot tell its capabilities: {e}")))?;
+        capabilities = CapabilitySet::from_bits_retain(wanted) & held.permitted;
+    }
+    step("drop capabilities", bound(capabilities))?;
     let groups: Vec<Gid> = user.groups.iter().map(|id| Gid::from_raw(*id)).collect();
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     step("set groups", rustix::thread::set_thread_groups(&groups))?;
@@ -121,8 +130,8 @@ pub fn become_user(user: &User) -> Result<(), Failure> {
         return Ok(());
     }
     let sets = CapabilitySets {
-        effective: CAPABILITIES,
-        permitted: CAPABILITIES,
+        effective: capabilities,
+        permitted: capabilities,
         inheritable: CapabilitySet::empty(),
     };
     step(
@@ -131,10 +140,11 @@ pub fn become_user(user: &User) -> Result<(), Failure> {
     )
 }
 
-fn drop_from_bounding_set() -> rustix::io::Result<()> {
+/// Leaves only these in the bounding set.
+fn bound(capabilities: CapabilitySet) -> rustix::io::Result<()> {
     for bit in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << bit);
-        if CAPABILITIES.contains(capability) {
+        if capabilities.contains(capability) {
             continue;
         }
         match rustix::thread::remove_capability_from_bounding_set(capability) {

@@ -17,6 +17,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeF
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use vm_run_abi::options::ContainerOptions;
 
 /// What a container finds beside its image, as trees of mounts that lie nowhere yet.
 #[derive(Debug)]
@@ -28,7 +29,7 @@ pub struct System {
     pub copy: OwnedFd,
     /// Each with the place where it goes.
     directories: [(&'static str, OwnedFd); 3],
-    files: [(&'static str, OwnedFd); 2],
+    files: [(&'static str, OwnedFd); 3],
 }
 
 /// Where the trees are put together; a file system of its own, seen by nobody else.
@@ -55,6 +56,8 @@ impl System {
         mount("tmpfs", SYSTEM, "tmpfs", MountFlags::NOATIME, options)?;
         let names = Names::make(SYSTEM)
             .map_err(|e| format!("cannot make the files with the hostname: {e}"))?;
+        fs::write(under("/resolv.conf"), "")
+            .map_err(|e| format!("cannot make a resolv.conf: {e}"))?;
         mount_system()?;
         fill_dev()?;
         protect_system()?;
@@ -69,6 +72,7 @@ impl System {
             files: [
                 ("/etc/hostname", take("/hostname")?),
                 ("/etc/hosts", take("/hosts")?),
+                ("/etc/resolv.conf", take("/resolv.conf")?),
             ],
         };
         detach(SYSTEM)?;
@@ -77,9 +81,9 @@ impl System {
 
     /// Puts it where the container finds it, in a root that is the root by now, and
     /// returns the files with the hostname, open.
-    pub fn place(self, hostname: &str) -> Result<Names, String> {
+    pub fn place(self, hostname: &str, options: &ContainerOptions) -> Result<Names, String> {
         self.names
-            .write(hostname)
+            .write(hostname, &options.domainname, &options.hosts)
             .map_err(|e| format!("cannot write the files with the hostname: {e}"))?;
         for (target, tree) in self.directories {
             make_directory(target)?;
@@ -123,7 +127,8 @@ pub fn enter(root: &str) -> Result<(), String> {
     rustix::process::chdir("/").map_err(failed("stand in the root of"))
 }
 
-const PLAIN: MountFlags = MountFlags::NOSUID
+/// What none of the kernel's own file systems needs.
+pub const PLAIN: MountFlags = MountFlags::NOSUID
     .union(MountFlags::NOEXEC)
     .union(MountFlags::NODEV);
 
@@ -178,8 +183,8 @@ pub fn bind_console(terminal: &str) -> Result<(), String> {
     bind(terminal, "/dev/console")
 }
 
-/// Hidden from the container: what speaks of the whole machine.
-const MASKED: [&str; 12] = [
+/// Hidden from a container: what speaks of the whole machine.
+pub const MASKED: [&str; 12] = [
     "/proc/acpi",
     "/proc/asound",
     "/proc/interrupts",
@@ -194,8 +199,8 @@ const MASKED: [&str; 12] = [
     "/sys/firmware",
 ];
 
-/// Shown to the container and not to be changed by it.
-const READ_ONLY: [&str; 5] = [
+/// Shown to a container and not to be changed by it.
+pub const READ_ONLY: [&str; 5] = [
     "/proc/bus",
     "/proc/fs",
     "/proc/irq",

@@ -8,7 +8,8 @@
 //! - [`warm`], [`names`], [`freezer`]: what a warm container has beside;
 //! - [`prepared`]: the container's first process, made before the fork point;
 //! - [`spawn`], then in the new process [`report`], [`rootfs`], [`jail`], [`user`],
-//!   [`exec`]: the way of a process of the container from the agent to its program.
+//!   [`exec`]: the way of a process of the container from the agent to its program;
+//! - [`tasks`]: what the agent itself does in a container, as one more process of it.
 //!
 //! It is a library so that a test can run the loop and start containers over
 //! any stream socket, without a virtual machine.
@@ -25,11 +26,14 @@ pub mod exec;
 pub mod frame;
 pub mod freezer;
 pub mod identity;
+pub mod init;
 pub mod jail;
 pub mod mounts;
 pub mod names;
+pub mod options;
 pub mod poll;
 pub mod prepared;
+pub mod privileged;
 pub mod process;
 pub mod report;
 pub mod rootfs;
@@ -37,5 +41,7 @@ pub mod serve;
 pub mod spawn;
 pub mod streams;
 pub mod sys;
+pub mod tasks;
 pub mod user;
+pub mod volumes;
 pub mod warm;

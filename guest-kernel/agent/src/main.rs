@@ -8,7 +8,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::OnceLock;
 use std::time::Duration;
-use vm_run_abi::protocol::PORT;
+use vm_run_abi::protocol::{PORT, VOLUMES_TAG};
 use vm_run_agent::devices::Rules;
 use vm_run_agent::doorbell::Doorbell;
 use vm_run_agent::freezer::Freezer;
@@ -17,7 +17,8 @@ use vm_run_agent::prepared::Prepared;
 use vm_run_agent::rootfs::{self, Disks};
 use vm_run_agent::serve::{Done, Server};
 use vm_run_agent::spawn::Resources;
-use vm_run_agent::{check, mounts, sys};
+use vm_run_agent::volumes::Source;
+use vm_run_agent::{check, init, mounts, sys};
 
 /// The limits that a container inherits: what docker's daemon runs with. The
 /// kernel's own bound of open files is this too (fs.nr_open); its default of
@@ -36,6 +37,9 @@ static DOORBELL: OnceLock<Doorbell> = OnceLock::new();
 static FORK_POINT: OnceLock<ForkPoint> = OnceLock::new();
 
 fn main() -> ExitCode {
+    if let Some(program) = init::asked(std::env::args()) {
+        return init::live(program);
+    }
     if std::process::id() != 1 {
         eprintln!(
             "vm-run-agent is the first process of a vm-run guest, and does nothing elsewhere"
@@ -89,6 +93,7 @@ fn boot() -> Result<(&'static ForkPoint, Server), String> {
     check_machine(has_devtmpfs)?;
 
     set_limits()?;
+    set_network_defaults()?;
     sys::loopback_up().map_err(|e| format!("cannot bring the loopback interface up: {e}"))?;
     let prepared = ForkPoint::prepare(doorbell)?;
     let fork_point = FORK_POINT.get_or_init(|| prepared);
@@ -102,6 +107,24 @@ fn set_limits() -> Result<(), String> {
             maximum: limit,
         };
         setrlimit(resource, both).map_err(|e| format!("cannot set limits: {e}"))?;
+    }
+    Ok(())
+}
+
+/// Docker's: everybody may listen on any port and send pings (moby
+/// daemon/oci_linux.go). The network is the container's own.
+fn set_network_defaults() -> Result<(), String> {
+    for (name, value) in [
+        ("ip_unprivileged_port_start", "0"),
+        ("ping_group_range", "0 2147483647"),
+    ] {
+        let path = format!("/proc/sys/net/ipv4/{name}");
+        match std::fs::write(&path, value) {
+            Ok(()) => {}
+            // A kernel without IPv4.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(format!("cannot write {path}: {e}")),
+        }
     }
     Ok(())
 }
@@ -133,6 +156,10 @@ fn prepare_server() -> Result<Server, String> {
                 None
             }),
             writable: WRITABLE.to_owned(),
+            volumes: Source {
+                kind: "virtiofs".to_owned(),
+                name: VOLUMES_TAG.to_owned(),
+            },
         },
         freezer: Freezer::open(cgroup.as_fd())
             .map_err(|e| format!("cannot open the container's freezer: {e}"))?,

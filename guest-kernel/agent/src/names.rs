@@ -30,17 +30,21 @@ impl Names {
         })
     }
 
-    /// Writes them anew.
-    pub fn write(&self, hostname: &str) -> io::Result<()> {
+    /// Writes them anew, with `more` lines of /etc/hosts.
+    pub fn write(&self, hostname: &str, domain: &str, more: &str) -> io::Result<()> {
         // First the room, which is bounded and may be all taken.
         ftruncate(&self.hostname, 0)?;
         ftruncate(&self.hosts, 0)?;
         write_all(&self.hostname, &format!("{hostname}\n"))?;
-        write_all(&self.hosts, &hosts(hostname))
+        write_all(&self.hosts, &hosts(hostname, domain, more))
     }
 }
 
-fn hosts(hostname: &str) -> String {
+fn hosts(hostname: &str, domain: &str, more: &str) -> String {
+    let whole = match domain {
+        "" => String::new(),
+        domain => format!("{hostname}.{domain} "),
+    };
     format!(
         "127.0.0.1\tlocalhost\n\
          ::1\tlocalhost ip6-localhost ip6-loopback\n\
@@ -48,7 +52,8 @@ fn hosts(hostname: &str) -> String {
          ff00::\tip6-mcastprefix\n\
          ff02::1\tip6-allnodes\n\
          ff02::2\tip6-allrouters\n\
-         127.0.1.1\t{hostname}\n"
+         127.0.1.1\t{whole}{hostname}\n\
+         {more}"
     )
 }
 

@@ -8,11 +8,14 @@
 
 use crate::exec::{Failure, Program};
 use crate::frame::{self, Reader};
+use crate::init::Init;
 use crate::jail::{self, System};
+use crate::options;
 use crate::report::{self, Report, Reporter};
-use crate::rootfs;
+use crate::rootfs::{self, Layers};
 use crate::spawn::{self, Resources, Spawned, Stdio};
 use crate::sys;
+use crate::volumes;
 use crate::warm;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
@@ -72,11 +75,12 @@ impl Prepared {
         Ok(Self { process, orders })
     }
 
-    /// Has it finish the container, and become its program.
+    /// Has it finish the container, and become its program; without one, it waits to be
+    /// killed.
     pub fn start(
         mut self,
         container: &ContainerSpec,
-        process: &ProcessSpec,
+        process: Option<&ProcessSpec>,
     ) -> Result<Spawned, Failure> {
         let order = frame::encode(&(container, process))
             .map_err(|e| Failure::other(format!("the container cannot be described: {e}")))?;
@@ -91,7 +95,7 @@ impl Prepared {
                 }
             }
         }
-        let streams = &process.streams;
+        let streams = process.map_or(&[][..], |process| &process.streams);
         self.process.pipes.retain(|(s, _)| streams.contains(s));
         Ok(self.process)
     }
@@ -115,17 +119,29 @@ fn live(
     sent.map_err(|e| step("report", &e))?;
 
     // The fork point is here.
-    let (container, process): (ContainerSpec, ProcessSpec) = match Reader::new(MAX_FRAME).next(told)
-    {
+    let order: (ContainerSpec, Option<ProcessSpec>) = match Reader::new(MAX_FRAME).next(told) {
         Ok(Some(order)) => order,
         // The socket blocks.
         Ok(None) => return Err(step("wait", &Errno::AGAIN)),
         Err(e) => return Err(step("be told of a program", &e)),
     };
+    let (container, process) = order;
     let hostname = spawn::hostname();
-    let root = rootfs::mount_root(&resources.disks, &container.writable)?;
-    let enforced = resources.rules.enforce();
-    enforced.map_err(|e| step("restrict its devices", &e))?;
+    let root = rootfs::mount_root(&resources.disks, &container)?;
+    let sent = reporter.layers(&Layers::open()?);
+    sent.map_err(|e| step("report", &e))?;
+    let mut volumes = volumes::take(
+        &resources.disks.volumes,
+        &container.volumes,
+        &container.options.tmpfs,
+    )?;
+    let wanted = &container.options;
+    if !wanted.privileged {
+        let enforced = resources.rules.enforce();
+        enforced.map_err(|e| step("restrict its devices", &e))?;
+    }
+    options::set_kernel(wanted, resources.cgroup.as_fd())?;
+    let init = wanted.init.then(Init::open).transpose()?;
     let helper = if container.warm {
         let path = &resources.helper;
         Some(std::fs::read(path).map_err(|e| step(&format!("read {path}"), &e))?)
@@ -133,14 +149,38 @@ fn live(
         None
     };
     jail::enter(&root)?;
-    let names = system.place(&hostname)?;
+    let read_only = volumes.read_only();
+    volumes.place_under()?;
+    let names = system.place(&hostname, wanted)?;
+    options::complete(wanted)?;
+    volumes.place_over()?;
+    read_only.iter().try_for_each(options::lock_tmpfs)?;
     if let Some(helper) = helper {
         let listener = warm::place(&helper)?;
         let sent = reporter.warm(&listener, &names);
         sent.map_err(|e| step("report", &e))?;
     }
+    let Some(process) = process else {
+        drop(stdio);
+        return Err(wait(reporter));
+    };
     stdio.keep(&process.streams);
-    spawn::to_program(&process, Some(&container), stdio, reporter, &hostname)
+    let program = spawn::to_program(&process, Some(&container), stdio, reporter, &hostname)?;
+    if let Some(init) = init {
+        let has_terminal = process.streams.contains(&Stream::Terminal);
+        init.split(&process.args, has_terminal)?;
+    }
+    Ok(program)
+}
+
+/// Waits for its end, which is the container's. Returns only why it cannot.
+fn wait(reporter: &Reporter) -> Failure {
+    match reporter.done() {
+        Ok(()) => loop {
+            rustix::event::pause();
+        },
+        Err(e) => Failure::other(format!("cannot report: {e}")),
+    }
 }
 
 /// Has this process's memory be its own, and mapped: it is the agent's until it is

@@ -3,6 +3,7 @@
 use crate::exec::Failure;
 use crate::names::Names;
 use crate::report::{Report, next_report};
+use crate::rootfs::Layers;
 use crate::spawn::{Spawned, resize};
 use crate::sys;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -36,6 +37,8 @@ pub enum Happened {
     /// The container has its warm socket, which listens, and files with its
     /// name.
     Warm(OwnedFd, Names),
+    /// The container has its root, of these layers.
+    Layers(Layers),
     /// For the host.
     Event(Event),
 }
@@ -84,6 +87,7 @@ impl Process {
                 Some(Report::Warm(listener, names)) => {
                     happened.push(Happened::Warm(listener, names));
                 }
+                Some(Report::Layers(layers)) => happened.push(Happened::Layers(layers)),
                 // It has been waited for.
                 Some(Report::Prepared(_)) => {}
                 Some(Report::Ready) => starting.ready = true,

@@ -3,13 +3,15 @@
 
 use crate::exec::Failure;
 use crate::names::Names;
+use crate::rootfs::Layers;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::io::{Errno, IoSlice, IoSliceMut};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recvmsg, sendmsg, shutdown,
+    socketpair,
 };
 use std::io;
 use std::mem::MaybeUninit;
@@ -25,6 +27,8 @@ pub enum Report {
     Terminal(OwnedFd, OwnedFd),
     /// The warm socket, which listens, and the files with the hostname.
     Warm(OwnedFd, Names),
+    /// The layers of the container's root.
+    Layers(Layers),
     /// All is ready, the exec is next.
     Ready,
     /// It could not be started, and is about to end.
@@ -38,6 +42,7 @@ pub enum Report {
 const PREPARED: u8 = b'P';
 const TERMINAL: u8 = b'T';
 const WARM: u8 = b'W';
+const LAYERS: u8 = b'L';
 const READY: u8 = b'R';
 const FAILED: u8 = b'F';
 
@@ -74,6 +79,17 @@ impl Reporter {
     pub fn warm(&self, listener: &OwnedFd, names: &Names) -> Result<(), Errno> {
         let all = [listener, &names.hostname, &names.hosts].map(AsFd::as_fd);
         self.send(WARM, &[], &all)
+    }
+
+    /// [`Report::Layers`]
+    pub fn layers(&self, layers: &Layers) -> Result<(), Errno> {
+        self.send(LAYERS, &[], &[layers.upper.as_fd(), layers.image.as_fd()])
+    }
+
+    /// [`Report::Ready`], of a process that runs no program: [`Report::End`] follows.
+    pub fn done(&self) -> Result<(), Errno> {
+        self.ready()?;
+        shutdown(&self.0, Shutdown::Both)
     }
 
     /// [`Report::Ready`]
@@ -149,6 +165,9 @@ pub fn next_report(reports: BorrowedFd<'_>) -> io::Result<Option<Report>> {
         }
         (Some((&WARM, [])), [Some(listener), Some(hostname), Some(hosts)]) => {
             Report::Warm(listener, Names { hostname, hosts })
+        }
+        (Some((&LAYERS, [])), [Some(upper), Some(image), None]) => {
+            Report::Layers(Layers { upper, image })
         }
         (Some((&READY, [])), _) => Report::Ready,
         (Some((&FAILED, [reason, message @ ..])), _) => Report::Failed(Failure {

@@ -2,17 +2,16 @@
 //! window or read from the first disk, and the writable layer over it.
 
 use crate::mounts::{self, make_directory_with, mount};
-use crate::sys;
-use rustix::fd::AsFd;
+use crate::volumes;
+use rustix::fd::OwnedFd;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use std::ffi::CString;
-use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
-use vm_run_abi::PAGE_SIZE;
-use vm_run_abi::protocol::Writable;
+use vm_run_abi::protocol::{ContainerSpec, Writable};
 
 /// Where a guest finds what belongs to its container.
 #[derive(Debug, Clone)]
@@ -24,75 +23,8 @@ pub struct Disks {
     pub window: Option<String>,
     /// For [`Writable::Disk`]: an ext4.
     pub writable: String,
-}
-
-/// A file system that the agent mounts from a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Erofs,
-    Ext4,
-}
-
-/// What the start of a disk says: the file system, its size and that of its blocks,
-/// in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Superblock {
-    kind: Kind,
-    size: u64,
-    block: u64,
-}
-
-/// Both file systems have their superblock at this offset.
-const SUPERBLOCK_AT: u64 = 1024;
-/// As much of it as is looked at (the rest of the page).
-const SUPERBLOCK_LEN: usize = 1024;
-
-impl Superblock {
-    /// By Linux fs/erofs/erofs_fs.h (`struct erofs_super_block`) and fs/ext4/ext4.h
-    /// (`struct ext4_super_block`).
-    fn parse(bytes: &[u8; SUPERBLOCK_LEN]) -> Option<Self> {
-        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
-        let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
-        let of = |kind, blocks: u32, bits: u32| {
-            let block = 1 << bits;
-            let size = u64::from(blocks).checked_mul(block)?;
-            Some(Self { kind, size, block })
-        };
-        if u32_at(0) == 0xe0f5_e1e2 {
-            return of(Kind::Erofs, u32_at(36), u32::from(bytes[12]).min(16));
-        }
-        if u16_at(56) == 0xef53 {
-            return of(Kind::Ext4, u32_at(4), 10 + u32_at(24).min(6));
-        }
-        None
-    }
-}
-
-/// How long a disk may take to show its size after a fork. Late binding changes
-/// the size that the kernel knows, and the kernel hears of it by an interrupt.
-const SIZE_PATIENCE: Duration = Duration::from_secs(5);
-
-/// What a look at a disk has found.
-enum Look {
-    /// A file system that fits the disk.
-    Ready(Kind),
-    /// The disk is smaller than that: it may grow still.
-    Small(String),
-}
-
-/// Waits until the disk is as large as its file system says, and returns the
-/// file system's kind.
-fn probe(disk: &str) -> Result<Kind, String> {
-    let pause = Duration::from_millis(2);
-    let mut waited = Duration::ZERO;
-    loop {
-        match look(disk)? {
-            Look::Ready(kind) => return Ok(kind),
-            Look::Small(why) if waited >= SIZE_PATIENCE => return Err(why),
-            Look::Small(_) => std::thread::sleep(pause),
-        }
-        waited += pause;
-    }
+    /// The host's volumes.
+    pub volumes: volumes::Source,
 }
 
 /// The block device of the root window, and what shows that it can be mapped.
@@ -136,58 +68,11 @@ pub fn find_window() -> Result<Option<String>, String> {
     Ok(Some(WINDOW.to_owned()))
 }
 
-/// Mounts the image from the window, if that holds one that can be mapped. `false`:
-/// it is to be read from its disk.
-fn mount_window(window: &str, target: &str, flags: MountFlags) -> Result<bool, String> {
-    let failed = |e: std::io::Error| format!("cannot read {window}: {e}");
-    let mut bytes = [0; SUPERBLOCK_LEN];
-    File::open(window)
-        .and_then(|file| file.read_exact_at(&mut bytes, SUPERBLOCK_AT))
-        .map_err(failed)?;
-    match Superblock::parse(&bytes) {
-        // The monitor has put nothing there, and knows it.
-        None if bytes.iter().all(|byte| *byte == 0) => return Ok(false),
-        // Linux maps only blocks of a page's size (fs/erofs/super.c).
-        Some(found) if found.kind == Kind::Erofs && found.block == PAGE_SIZE => {}
-        _ => {
-            note("it is no erofs with blocks of a page");
-            return Ok(false);
-        }
-    }
-    match mount(window, target, "erofs", flags, c"dax=always") {
-        Ok(()) => Ok(true),
-        Err(why) => {
-            note(&why);
-            Ok(false)
-        }
-    }
-}
-
 /// For the kernel's log. Where there is none nobody can be told.
 fn note(why: &str) {
     const NOTICE: &str = "<5>";
     let line = format!("{NOTICE}vm-run-agent: the root image is read and not mapped: {why}");
     std::fs::write("/dev/kmsg", line).ok();
-}
-
-fn look(disk: &str) -> Result<Look, String> {
-    let failed = |e: std::io::Error| format!("cannot read {disk}: {e}");
-    let file = File::open(disk).map_err(failed)?;
-    let size = sys::block_device_size(file.as_fd()).map_err(failed)?;
-    if size < SUPERBLOCK_AT + SUPERBLOCK_LEN as u64 {
-        return Ok(Look::Small(format!("{disk} has only {size} bytes")));
-    }
-    let mut bytes = [0; SUPERBLOCK_LEN];
-    file.read_exact_at(&mut bytes, SUPERBLOCK_AT)
-        .map_err(failed)?;
-    let found =
-        Superblock::parse(&bytes).ok_or_else(|| format!("{disk} holds neither erofs nor ext4"))?;
-    if size >= found.size {
-        return Ok(Look::Ready(found.kind));
-    }
-    let needed = found.size;
-    let why = format!("{disk} has {size} of the {needed} bytes of its file system");
-    Ok(Look::Small(why))
 }
 
 /// The paths under [`mounts::BASE`].
@@ -206,6 +91,36 @@ fn paths() -> Paths {
     }
 }
 
+/// What a container's root is put together of, and what is not seen in it. Each stands
+/// for its directory only: whoever looks opens it anew.
+#[derive(Debug)]
+pub struct Layers {
+    /// What the container has written.
+    pub upper: OwnedFd,
+    /// Its image.
+    pub image: OwnedFd,
+}
+
+impl Layers {
+    /// Of the root that [`mount_root`] has mounted a moment ago.
+    pub fn open() -> Result<Self, String> {
+        let paths = paths();
+        let open = |path: &str| {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let opened = rustix::fs::open(path, flags, Mode::empty());
+            opened.map_err(|e| format!("cannot open {path}: {e}"))
+        };
+        Ok(Self {
+            upper: open(&upper(&paths.layer))?,
+            image: open(&paths.image)?,
+        })
+    }
+}
+
+fn upper(layer: &str) -> String {
+    format!("{layer}/upper")
+}
+
 /// Makes the directories that [`mount_root`] mounts on.
 pub fn make_mount_points() -> Result<(), String> {
     let paths = paths();
@@ -217,29 +132,36 @@ pub fn make_mount_points() -> Result<(), String> {
 
 /// Mounts the root file system, and returns where. To be called in a mount
 /// namespace of the container's own. The root is writable still, so that mount
-/// points can be made in it, whatever `writable` says: with
+/// points can be made in it, whatever the container's layer is: with
 /// [`Writable::Nothing`] the caller makes it read-only when they are there.
-pub fn mount_root(disks: &Disks, writable: &Writable) -> Result<String, String> {
+///
+/// No disk is looked at before it is mounted: whatever a child reads twice is copied
+/// twice.
+pub fn mount_root(disks: &Disks, container: &ContainerSpec) -> Result<String, String> {
     let paths = paths();
-    mount_image(disks, &paths.image)?;
-    mount_layer(disks, writable, &paths.layer)?;
+    mount_image(disks, container.mapped_root, &paths.image)?;
+    mount_layer(disks, &container.writable, &paths.layer)?;
     mount_overlay(&paths)?;
     Ok(paths.root)
 }
 
-fn mount_image(disks: &Disks, target: &str) -> Result<(), String> {
+fn mount_image(disks: &Disks, is_mapped: bool, target: &str) -> Result<(), String> {
     let flags = MountFlags::RDONLY | MountFlags::NOATIME;
-    if let Some(window) = &disks.window
-        && mount_window(window, target, flags)?
-    {
-        return Ok(());
+    if let Some(window) = disks.window.as_ref().filter(|_| is_mapped) {
+        match mount(window, target, "erofs", flags, c"dax=always") {
+            Ok(()) => return Ok(()),
+            // An ext4, as a rule.
+            Err(why) => note(&why),
+        }
     }
     let disk = &disks.image;
-    match probe(disk)? {
-        Kind::Erofs => mount(disk, target, "erofs", flags, c""),
-        // No journal replay: the disk cannot be written.
-        Kind::Ext4 => mount(disk, target, "ext4", flags, c"noload"),
-    }
+    let Err(no_erofs) = mount(disk, target, "erofs", flags, c"") else {
+        return Ok(());
+    };
+    // No journal replay: the disk cannot be written.
+    mount(disk, target, "ext4", flags, c"noload").map_err(|no_ext4| {
+        format!("the root image is neither erofs nor ext4: {no_erofs}; {no_ext4}")
+    })
 }
 
 /// What is written on a root that turns read-only: mount points, and the working
@@ -251,16 +173,14 @@ fn mount_layer(disks: &Disks, writable: &Writable, target: &str) -> Result<(), S
         Writable::Memory { limit } => *limit,
         Writable::Nothing => MOUNT_POINTS_LIMIT,
         Writable::Disk => {
-            let disk = &disks.writable;
-            if probe(disk)? != Kind::Ext4 {
-                return Err(format!("{disk} is to be written and holds no ext4"));
-            }
             // A layer may live for a second: no thread zeroes its inode tables, or
             // reads the bitmaps of all its block groups ahead; and none of the tables
             // around an inode is read with it, or kept for attributes that are equal.
             let options =
                 c"noinit_itable,no_prefetch_block_bitmaps,inode_readahead_blks=0,nombcache";
-            return mount(disk, target, "ext4", MountFlags::NOATIME, options);
+            let disk = &disks.writable;
+            return mount(disk, target, "ext4", MountFlags::NOATIME, options)
+                .map_err(|why| format!("the writable disk holds no ext4: {why}"));
         }
     };
     // tmpfs takes a size of zero for "no limit".
@@ -271,7 +191,7 @@ fn mount_layer(disks: &Disks, writable: &Writable, target: &str) -> Result<(), S
 
 fn mount_overlay(paths: &Paths) -> Result<(), String> {
     let Paths { image, layer, root } = paths;
-    let (upper, work) = (format!("{layer}/upper"), format!("{layer}/work"));
+    let (upper, work) = (upper(layer), format!("{layer}/work"));
     make_upper(image, &upper)?;
     make_directory_with(&work, 0o755)?;
     let options = CString::new(format!("lowerdir={image},upperdir={upper},workdir={work}"))
@@ -282,7 +202,7 @@ fn mount_overlay(paths: &Paths) -> Result<(), String> {
 /// Makes the upper directory with owner and mode of the image's root, because
 /// the root of an overlay shows those of its upper directory.
 fn make_upper(image: &str, upper: &str) -> Result<(), String> {
-    match rustix::fs::mkdir(upper, rustix::fs::Mode::RWXU) {
+    match rustix::fs::mkdir(upper, Mode::RWXU) {
         Ok(()) => {}
         Err(Errno::EXIST) => return Ok(()),
         Err(e) => return Err(format!("cannot make {upper}: {e}")),
@@ -291,32 +211,4 @@ fn make_upper(image: &str, upper: &str) -> Result<(), String> {
     let like = std::fs::metadata(image).map_err(failed)?;
     std::os::unix::fs::chown(upper, Some(like.uid()), Some(like.gid())).map_err(failed)?;
     std::fs::set_permissions(upper, like.permissions()).map_err(failed)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn superblocks_tell_kind_and_size() {
-        let mut erofs = [0; SUPERBLOCK_LEN];
-        erofs[0..4].copy_from_slice(&[0xe2, 0xe1, 0xf5, 0xe0]);
-        erofs[12] = 12;
-        erofs[36..40].copy_from_slice(&100u32.to_le_bytes());
-        let found = Superblock::parse(&erofs);
-        let expected = |kind, size| {
-            let block = 4096;
-            Some(Superblock { kind, size, block })
-        };
-        assert_eq!(found, expected(Kind::Erofs, 100 * 4096));
-
-        let mut ext4 = [0; SUPERBLOCK_LEN];
-        ext4[4..8].copy_from_slice(&5000u32.to_le_bytes());
-        ext4[24] = 2;
-        ext4[56..58].copy_from_slice(&[0x53, 0xef]);
-        assert_eq!(Superblock::parse(&ext4), expected(Kind::Ext4, 5000 * 4096));
-
-        assert_eq!(Superblock::parse(&[0; SUPERBLOCK_LEN]), None);
-        assert!(Superblock::parse(&[0xff; SUPERBLOCK_LEN]).is_none());
-    }
 }

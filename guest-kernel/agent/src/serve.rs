@@ -293,8 +293,18 @@ impl Server {
         let sense = match request {
             _ if self.stage.is_leaving() => false,
             Request::StartContainer { container, process } => {
-                let sense = self.container.ask(container, process);
+                let sense = self.container.ask(container, Some(process));
                 self.streams_have_come(CONTAINER)?;
+                sense
+            }
+            Request::OpenContainer { container } => {
+                let sense = self.container.ask(container, None);
+                self.streams_have_come(CONTAINER)?;
+                sense
+            }
+            Request::Task { id, task, streams } => {
+                let sense = self.container.ask_task(id, task, streams);
+                self.streams_have_come(id)?;
                 sense
             }
             Request::Exec { id, process } => {
@@ -435,6 +445,7 @@ impl Server {
                 Happened::Warm(listener, names) => {
                     self.warm = Some(Warm::new(listener, names, &self.poll)?);
                 }
+                Happened::Layers(layers) => self.container.has_root(layers),
                 Happened::Event(event) => self.tell(id, &event),
             }
         }
@@ -475,6 +486,7 @@ impl Server {
         }
         if id == CONTAINER {
             self.first_has_ended();
+            self.container.leave_root();
             if self.container.is_kept() {
                 // Whoever hears of the end may cut the power.
                 rustix::fs::sync();

@@ -9,9 +9,11 @@ use crate::exec::{self, Failure, Program};
 use crate::freezer::Freezer;
 use crate::jail;
 use crate::mounts;
+use crate::options;
 use crate::report::{self, Reporter};
-use crate::rootfs::Disks;
+use crate::rootfs::{Disks, Layers};
 use crate::sys;
+use crate::tasks;
 use crate::warm;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, fcntl_setfl, open};
@@ -21,9 +23,10 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Uid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
-use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces, set_no_new_privs};
 use std::io;
 use vm_run_abi::protocol::{ContainerSpec, ProcessSpec, Stream, WindowSize, Writable};
+use vm_run_abi::task::Task;
 
 /// What the guest gives to its container.
 #[derive(Debug)]
@@ -82,11 +85,68 @@ pub fn exec(
     entrance: BorrowedFd<'_>,
     process: &ProcessSpec,
 ) -> Result<Spawned, SpawnError> {
+    beside(resources, entrance, &process.streams, |reporter, stdio| {
+        in_child(&reporter, || {
+            enter(entrance)?;
+            to_program(process, None, stdio, &reporter, &hostname())
+        })
+    })
+}
+
+/// Starts a task in the container that `entrance` is the first process of.
+pub fn task(
+    resources: &Resources,
+    entrance: BorrowedFd<'_>,
+    task: &Task,
+    streams: &[Stream],
+    layers: Option<&Layers>,
+) -> Result<Spawned, SpawnError> {
+    beside(resources, entrance, streams, |reporter, stdio| {
+        drop(std::panic::take_hook());
+        let code = match to_task(entrance, stdio, &reporter, layers) {
+            Ok(()) => tasks::run(task, layers),
+            // With no report the agent sees an end before the task, which is right too.
+            Err(failure) => reporter.failed(&failure).map_or(2, |()| 1),
+        };
+        sys::exit_now(code)
+    })
+}
+
+/// From the agent's copy to a process of the container that does a task: it keeps the
+/// agent's memory, and nothing else of it.
+fn to_task(
+    entrance: BorrowedFd<'_>,
+    stdio: Stdio,
+    reporter: &Reporter,
+    layers: Option<&Layers>,
+) -> Result<(), Failure> {
+    enter(entrance)?;
+    rustix::process::setsid()
+        .and_then(|_| connect(stdio, Uid::ROOT))
+        .map_err(|e| Failure::other(format!("cannot set up stdio: {e}")))?;
+    rustix::process::umask(Mode::empty());
+    sys::reset_signals()
+        .map_err(|e| Failure::other(format!("cannot clean up before the task: {e}")))?;
+    let sent = reporter.done();
+    sent.map_err(|e| Failure::other(format!("cannot report: {e}")))?;
+    let kept = layers.map_or(Vec::new(), |l| vec![l.upper.as_fd(), l.image.as_fd()]);
+    // Whoever waits for the end of a stream of the agent's is not to wait for us.
+    sys::close_from_3_but(&kept)
+        .map_err(|e| Failure::other(format!("cannot clean up before the task: {e}")))
+}
+
+/// Makes one more process of the container, and has it live `live`.
+fn beside(
+    resources: &Resources,
+    entrance: BorrowedFd<'_>,
+    streams: &[Stream],
+    live: impl FnOnce(Reporter, Stdio) -> i32,
+) -> Result<Spawned, SpawnError> {
     // It concerns the children that are made from here on, and not the agent.
     let children = ThreadNameSpaceType::PROCESS_ID;
     move_into_thread_name_spaces(entrance, children)
         .map_err(|e| Failure::other(format!("cannot enter the container: {e}")))?;
-    let spawned = spawn_beside(resources, entrance, process);
+    let spawned = spawn_beside(resources, streams, live);
     move_into_thread_name_spaces(resources.agent.as_fd(), children)
         .map_err(|e| SpawnError::Lost(e.into()))?;
     Ok(spawned?)
@@ -94,19 +154,16 @@ pub fn exec(
 
 fn spawn_beside(
     resources: &Resources,
-    first: BorrowedFd<'_>,
-    process: &ProcessSpec,
+    streams: &[Stream],
+    live: impl FnOnce(Reporter, Stdio) -> i32,
 ) -> Result<Spawned, Failure> {
     let failed = |e: Errno| Failure::other(format!("cannot make pipes for the process: {e}"));
     let (reports, reporter) = report::channel().map_err(failed)?;
-    let (pipes, stdio) = Stdio::open(&process.streams).map_err(failed)?;
+    let (pipes, stdio) = Stdio::open(streams).map_err(failed)?;
     let forked = sys::fork_into(0, Some(resources.cgroup.as_fd()))
         .map_err(|e| Failure::other(format!("cannot make a process: {e}")))?;
     let Some((pid, pidfd)) = forked else {
-        in_child(&reporter, || {
-            enter(first)?;
-            to_program(process, None, stdio, &reporter, &hostname())
-        });
+        sys::exit_now(live(reporter, stdio))
     };
     Ok(Spawned {
         pid,
@@ -183,7 +240,8 @@ pub fn to_program(
     reporter: &Reporter,
     hostname: &str,
 ) -> Result<Program, Failure> {
-    let user = exec::find_user(&process.user)?;
+    let options = &process.options;
+    let user = exec::find_user(&process.user, &options.groups)?;
     let uid = Uid::from_raw(user.uid);
     let stdio_failed = |e: Errno| Failure::other(format!("cannot set up stdio: {e}"));
     rustix::process::setsid().map_err(stdio_failed)?;
@@ -197,13 +255,18 @@ pub fn to_program(
         mounts::make_read_only("/", MountFlags::NOATIME)?;
     }
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
-    exec::become_user(&user)?;
+    options::restrict(options)?;
+    exec::become_user(&user, options.capabilities)?;
     let warm = first.is_some_and(|container| container.warm);
     let added: &[&str] = if warm { &[warm::VARIABLE] } else { &[] };
     let program = Program::find(process, &user, hostname, added)?;
     sys::close_on_exec_from_3()
         .and_then(|()| sys::reset_signals())
         .map_err(|e| Failure::other(format!("cannot clean up before the exec: {e}")))?;
+    if options.no_new_privileges {
+        set_no_new_privs(true)
+            .map_err(|e| Failure::other(format!("cannot give up new privileges: {e}")))?;
+    }
     Ok(program)
 }
 

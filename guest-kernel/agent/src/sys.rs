@@ -5,7 +5,7 @@ use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use rustix::process::Pid;
 use std::ffi::{CStr, CString};
 use std::io;
-use std::mem::{MaybeUninit, size_of, zeroed};
+use std::mem::{size_of, zeroed};
 use std::ptr;
 use vm_run_abi::identity::ENTROPY_LEN;
 
@@ -120,6 +120,40 @@ pub fn reset_signals() -> io::Result<()> {
     Ok(())
 }
 
+/// Blocks every signal that can be blocked.
+pub fn block_signals() -> io::Result<()> {
+    let all = all_signals()?;
+    // SAFETY: the set lives through the call; no old set is asked for.
+    check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const all, ptr::null_mut()) })?;
+    Ok(())
+}
+
+/// The next signal, whichever it is; all have to be blocked.
+pub fn await_signal() -> io::Result<i32> {
+    let all = all_signals()?;
+    // SAFETY: the set lives through the call; nothing more is asked for.
+    check(unsafe { libc::sigwaitinfo(&raw const all, ptr::null_mut()) })
+}
+
+fn all_signals() -> io::Result<libc::sigset_t> {
+    // SAFETY: sigset_t is plain integers, for which zero is a value.
+    let mut all: libc::sigset_t = unsafe { zeroed() };
+    // SAFETY: the set lives through the call.
+    check(unsafe { libc::sigfillset(&raw mut all) })?;
+    Ok(all)
+}
+
+/// Sets a limit of this process; rustix knows only the named ones.
+pub fn set_limit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
+    let limit = libc::rlimit {
+        rlim_cur: soft,
+        rlim_max: hard,
+    };
+    // SAFETY: the kernel reads one rlimit, which lives through the call.
+    check(unsafe { libc::setrlimit(resource as _, &raw const limit) })?;
+    Ok(())
+}
+
 /// Sends any signal by its number; rustix knows only the named ones.
 pub fn kill(pid: Pid, signal: i32) -> io::Result<()> {
     // SAFETY: takes no pointers.
@@ -192,6 +226,24 @@ pub fn close_on_exec_from_3() -> io::Result<()> {
     Ok(())
 }
 
+/// Closes every descriptor from 3 on but these. Only for a process that ends by
+/// [`exit_now`] and drops nothing that it had before.
+pub fn close_from_3_but(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut kept: Vec<libc::c_uint> = kept.iter().map(|fd| fd.as_raw_fd() as _).collect();
+    kept.sort_unstable();
+    let mut first: libc::c_uint = 3;
+    for next in kept.into_iter().map(Some).chain([None]) {
+        let last = next.map_or(libc::c_uint::MAX, |fd| fd.wrapping_sub(1));
+        if first <= last {
+            // SAFETY: takes no pointers; whoever had these descriptors is not asked again.
+            let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+            check(closed as libc::c_int)?;
+        }
+        first = next.map_or(first, |fd| fd + 1);
+    }
+    Ok(())
+}
+
 /// Becomes another program; returns only the reason why not.
 pub fn exec(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
@@ -202,6 +254,27 @@ pub fn exec(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
     // SAFETY: both arrays end in a null pointer, and they and their strings live
     // through the call.
     unsafe { libc::execve(path.as_ptr(), args.as_ptr(), env.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Becomes the program in an open file, with an empty environment; returns only the
+/// reason why not.
+pub fn exec_file(file: &OwnedFd, args: &[CString]) -> io::Error {
+    let mut args: Vec<*const libc::c_char> = args.iter().map(|arg| arg.as_ptr()).collect();
+    args.push(ptr::null());
+    let env: [*const libc::c_char; 1] = [ptr::null()];
+    // SAFETY: the path is an empty string; both arrays end in a null pointer, and they
+    // and their strings live through the call.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            args.as_ptr(),
+            env.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
     io::Error::last_os_error()
 }
 
@@ -368,14 +441,4 @@ pub fn replace_linked_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> 
     };
     check(result as libc::c_int)?;
     Ok(())
-}
-
-/// The size of the block device behind `fd`, in bytes.
-pub fn block_device_size(fd: BorrowedFd<'_>) -> io::Result<u64> {
-    let mut size = MaybeUninit::<u64>::zeroed();
-    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
-    // SAFETY: the kernel writes one u64.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), BLKGETSIZE64, size.as_mut_ptr()) })?;
-    // SAFETY: zeroed before, and written by the kernel.
-    Ok(unsafe { size.assume_init() })
 }

@@ -16,6 +16,26 @@ pub struct User {
     pub home: String,
 }
 
+impl User {
+    /// The same user in more groups, each a name or a number, as docker's `--group-add`
+    /// has it. A number need not be in the file.
+    pub fn and_in(mut self, more: &[String], group: &str) -> Result<Self, NoSuch> {
+        for text in more {
+            let wanted = Wanted::parse(text)?;
+            let entry = group_entries(group).find(|entry| wanted.is(entry.name, entry.gid));
+            let gid = match (entry, wanted) {
+                (Some(entry), _) => entry.gid,
+                (None, Wanted::Id(gid)) => gid,
+                (None, Wanted::Name(name)) => return Err(NoSuch::Group(name.to_owned())),
+            };
+            if !self.groups.contains(&gid) {
+                self.groups.push(gid);
+            }
+        }
+        Ok(self)
+    }
+}
+
 /// Why a `USER[:GROUP]` means nobody.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NoSuch {
@@ -202,6 +222,25 @@ mod tests {
         // A number is a uid, even where a user has such a name.
         assert_eq!(resolve("2000", PASSWD, GROUP), user(2000, 0, &[0], "/"));
         assert_eq!(resolve("4242", PASSWD, GROUP), user(4242, 0, &[0], "/"));
+    }
+
+    #[test]
+    fn groups_are_added_once_each_by_name_or_number() {
+        let web = || resolve("web", PASSWD, GROUP).expect("is there");
+        let added = |more: &[&str]| {
+            let more: Vec<String> = more.iter().map(|name| (*name).to_owned()).collect();
+            web().and_in(&more, GROUP)
+        };
+        let with = |groups: &[u32]| user(1000, 1001, groups, "/srv/web");
+        assert_eq!(added(&[]), with(&[1001, 4, 44]));
+        assert_eq!(
+            added(&["bin", "video", "77", "1"]),
+            with(&[1001, 4, 44, 1, 77])
+        );
+        assert_eq!(
+            added(&["nowhere"]),
+            Err(NoSuch::Group("nowhere".to_owned()))
+        );
     }
 
     #[test]

@@ -143,7 +143,7 @@ impl Warm {
     /// Makes a frozen container a child: its files hold `hostname`, and each of
     /// its processes that is waiting has its answer and reads it when it runs.
     pub fn become_child(&mut self, hostname: &str, generation: u64) -> io::Result<()> {
-        self.names.write(hostname)?;
+        self.names.write(hostname, "", "")?;
         // The host of a child knows already.
         self.is_warm = true;
         let answer = format!("child {generation:016x}\n");

@@ -8,21 +8,24 @@ use crate::container::wire::{self, Answer, Exec, Stats, Window};
 use crate::container::{ROOT, WRITABLE, set_env};
 use crate::templates;
 use anyhow::{Context, Result, bail};
+use fork::task::Task;
 use fork::{
-    CONTAINER, Child, ContainerSpec, Disks, ForkSpec, Host, Place, Pool, ProcessId, ProcessSpec,
-    Stages, Stream, Template, WindowSize, Writable,
+    CONTAINER, Child, ContainerSpec, Disks, ForkSpec, Host, Place, Pool, Process, ProcessId,
+    ProcessSpec, Stages, Stream, Template, WindowSize, Writable,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, OwnedFd};
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
+use std::time::Duration;
 
 /// What is asked of a live container. Each is answered on the channel it brings.
 pub enum Order {
     Exec(Exec, Vec<Arc<Client>>, SyncSender<Result<Arc<Session>>>),
+    Task(Task, Vec<Arc<Client>>, SyncSender<Result<Arc<Session>>>),
     Pause(SyncSender<Result<()>>),
     Unpause(SyncSender<Result<()>>),
     Stats(SyncSender<Result<Stats>>),
@@ -59,6 +62,8 @@ pub struct Mother {
     notices: Vec<String>,
     spec: Spec,
     directory: Directory,
+    /// The state directory.
+    root: PathBuf,
     log: SharedLog,
     farewells: Arc<Farewells>,
 }
@@ -69,12 +74,19 @@ pub struct Life {
     /// Its first process; or the one beside a container that goes on.
     pub main: Arc<Session>,
     main_id: ProcessId,
-    others: HashMap<ProcessId, Arc<Session>>,
+    others: HashMap<ProcessId, Other>,
     orders: Receiver<Order>,
     way: Orders,
     spec: Spec,
     is_paused: bool,
     farewells: Arc<Farewells>,
+}
+
+/// One more process of the container.
+struct Other {
+    session: Arc<Session>,
+    /// How long its end waits for outputs that something else may hold open.
+    drain: Option<Duration>,
 }
 
 impl Mother {
@@ -111,6 +123,7 @@ impl Mother {
             notices,
             spec,
             directory: directory.clone(),
+            root: root.to_owned(),
             log,
             farewells,
         })
@@ -140,22 +153,13 @@ impl Mother {
         window: Option<WindowSize>,
         begun: impl FnOnce(&Stages) -> Vec<Arc<Client>>,
     ) -> Result<Life> {
-        let mut child = self.pool.fork(ForkSpec {
-            hostname: self.spec.hostname.clone(),
-            disks: self.disks()?,
-            domain: self.spec.domain.clone(),
-            ..ForkSpec::default()
-        })?;
+        let mut child = self.fork()?;
         let process = match (self.template().warm(), self.spec.args.is_empty()) {
             (None, _) => {
                 let container = ContainerSpec {
-                    writable: match self.spec.writable {
-                        Layer::Disk | Layer::Inside => Writable::Disk,
-                        Layer::Memory(limit) => Writable::Memory { limit },
-                        Layer::Nothing => Writable::Nothing,
-                    },
                     kept: self.spec.writable == Layer::Disk && !self.spec.auto_remove,
-                    ..ContainerSpec::default()
+                    options: self.spec.options.container(self.spec.cpus),
+                    ..self.container()
                 };
                 child.start(container, first_process(&self.spec, window))?
             }
@@ -179,6 +183,50 @@ impl Mother {
             // Of a container that goes on: nobody will say anything to it.
             main.end_input();
         }
+        self.life(child, main, main_id)
+    }
+
+    /// Forks a child and opens the container's files in it.
+    ///
+    /// # Errors
+    /// As [`Self::give_birth`].
+    pub fn open(&self) -> Result<Life> {
+        let mut child = self.fork()?;
+        let process = child.open(ContainerSpec {
+            kept: self.spec.writable == Layer::Disk,
+            ..self.container()
+        })?;
+        let main_id = process.remote.process();
+        let main = Session::new(process, None, Vec::new())?;
+        self.life(child, main, main_id)
+    }
+
+    fn fork(&self) -> Result<Child> {
+        Ok(self.pool.fork(ForkSpec {
+            hostname: self.spec.hostname.clone(),
+            disks: self.disks()?,
+            domain: self.spec.domain.clone(),
+            volumes: self.volumes()?,
+            ..ForkSpec::default()
+        })?)
+    }
+
+    /// Its file systems.
+    fn container(&self) -> ContainerSpec {
+        ContainerSpec {
+            writable: match self.spec.writable {
+                Layer::Disk | Layer::Inside => Writable::Disk,
+                Layer::Memory(limit) => Writable::Memory { limit },
+                Layer::Nothing => Writable::Nothing,
+            },
+            volumes: (self.spec.mounts.iter().enumerate())
+                .map(|(number, mount)| mount.in_guest(number))
+                .collect(),
+            ..ContainerSpec::default()
+        }
+    }
+
+    fn life(&self, child: Child, main: Arc<Session>, main_id: ProcessId) -> Result<Life> {
         let (sender, orders) = channel();
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .context("cannot make an eventfd")?;
@@ -196,6 +244,11 @@ impl Mother {
             is_paused: false,
             farewells: Arc::clone(&self.farewells),
         })
+    }
+
+    fn volumes(&self) -> Result<Vec<fork::Volume>> {
+        let mounts = self.spec.mounts.iter();
+        mounts.map(|mount| mount.open(&self.root)).collect()
     }
 
     fn disks(&self) -> Result<Disks> {
@@ -228,6 +281,7 @@ fn first_process(spec: &Spec, window: Option<WindowSize>) -> ProcessSpec {
         user: spec.user.clone(),
         streams: streams(spec.tty, spec.stdin),
         window,
+        options: spec.options.process(false),
     }
 }
 
@@ -260,8 +314,8 @@ impl Life {
                 }
                 // A container that was beside the command, or has been told of.
                 Some((process, status)) => {
-                    if let Some(session) = self.others.remove(&process) {
-                        session.farewell(status.code(), "", Some(DRAIN), &self.farewells)?;
+                    if let Some(Other { session, drain }) = self.others.remove(&process) {
+                        session.farewell(status.code(), "", drain, &self.farewells)?;
                     } else if process == CONTAINER {
                         bail!("the container ended, with status {}", status.code());
                     }
@@ -288,6 +342,10 @@ impl Life {
                 let done = self.exec(exec, clients);
                 reply.send(done).ok();
             }
+            Order::Task(task, clients, reply) => {
+                let done = self.task(task, clients);
+                reply.send(done).ok();
+            }
             Order::Pause(reply) => {
                 reply.send(self.pause()).ok();
             }
@@ -302,9 +360,7 @@ impl Life {
     }
 
     fn exec(&mut self, exec: Exec, clients: Vec<Arc<Client>>) -> Result<Arc<Session>> {
-        if self.is_paused {
-            bail!("the container is paused: unpause it first");
-        }
+        self.check_not_paused()?;
         let mut env = self.spec.env.clone();
         for word in exec.env {
             set_env(&mut env, &word);
@@ -316,14 +372,46 @@ impl Life {
             user: exec.user.unwrap_or_else(|| self.spec.user.clone()),
             streams: streams(exec.tty, exec.stdin),
             window: exec.window.map(Window::size),
+            options: self.spec.options.process(exec.privileged),
         })?;
+        self.watch(process, clients, Some(DRAIN))
+    }
+
+    fn task(&mut self, task: Task, clients: Vec<Arc<Client>>) -> Result<Arc<Session>> {
+        self.check_not_paused()?;
+        let mut streams = vec![Stream::Stdout, Stream::Stderr];
+        if matches!(task, Task::Unpack { .. }) {
+            streams.push(Stream::Stdin);
+        }
+        let process = self.child.task(task, &streams)?;
+        // Nothing holds its output but itself, and every byte of it is wanted.
+        self.watch(process, clients, None)
+    }
+
+    fn check_not_paused(&self) -> Result<()> {
+        if self.is_paused {
+            bail!("the container is paused: unpause it first");
+        }
+        Ok(())
+    }
+
+    fn watch(
+        &mut self,
+        process: Process,
+        clients: Vec<Arc<Client>>,
+        drain: Option<Duration>,
+    ) -> Result<Arc<Session>> {
         let id = process.remote.process();
         for client in &clients {
             // Before its first output. One that has gone is found out later.
             client.with(|to| wire::send(to, &Answer::Done)).ok();
         }
         let session = Session::new(process, None, clients)?;
-        self.others.insert(id, Arc::clone(&session));
+        let other = Other {
+            session: Arc::clone(&session),
+            drain,
+        };
+        self.others.insert(id, other);
         Ok(session)
     }
 
@@ -361,7 +449,7 @@ impl Life {
     /// # Errors
     /// No thread.
     pub fn bury(mut self) -> Result<Arc<Session>> {
-        for (_, session) in self.others.drain() {
+        for (_, Other { session, .. }) in self.others.drain() {
             const KILLED: u8 = 128 + 9;
             session.farewell(KILLED, "", Some(DRAIN), &self.farewells)?;
         }

@@ -10,6 +10,8 @@
 //! as its standard input, so that nothing of the first output is lost.
 
 mod life;
+mod open;
+mod probe;
 mod serve;
 mod session;
 
@@ -17,8 +19,10 @@ use self::life::{Life, Mother};
 use self::serve::{Now, Shared};
 use self::session::{Client, Farewells, Session, SharedLog};
 use super::directory::{Directory, Ownership};
+use super::engine::Engine;
+use super::health::Health;
 use super::log::Log;
-use super::record::Status;
+use super::record::{Record, Status};
 use super::store::Store;
 use super::wire::{self, Answer, Request, Window};
 use anyhow::{Context, Result, bail};
@@ -27,7 +31,7 @@ use jiff::Timestamp;
 use rustix::fd::AsFd;
 use std::fs::File;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -69,7 +73,7 @@ fn take_stdin() -> Result<UnixStream> {
 fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
     let directory = Directory::of(root, id);
     let Some(ownership) = directory.own(PATIENCE)? else {
-        bail!("the container runs already");
+        bail!("the container is in use: it runs, or its files are open");
     };
     let store = Store::open(root)?;
     let record = store.find(id)?;
@@ -82,6 +86,10 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
     let shared = Shared::new(store, record.clone(), Arc::clone(&farewells));
     let (attach, window) = match wire::receive(starter)? {
         Some(Request::Start { attach, window }) => (attach, window.map(Window::size)),
+        Some(Request::Open) => {
+            let mother = Mother::new(root, &record, &directory, log, farewells)?;
+            return open::hold(&mother, listener, &shared, starter, ownership);
+        }
         // Whoever wanted it has thought better of it.
         None => return Ok(()),
         Some(_) => bail!("a supervisor is started first of all"),
@@ -89,6 +97,7 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
     serve::listen(listener, &shared)?;
     serve::heed_signals(&shared)?;
     let supervisor = Supervisor {
+        root: root.to_owned(),
         shared,
         farewells: Arc::clone(&farewells),
         log: Arc::clone(&log),
@@ -102,6 +111,8 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
 }
 
 struct Supervisor {
+    /// The state directory.
+    root: PathBuf,
     shared: Arc<Shared>,
     farewells: Arc<Farewells>,
     log: SharedLog,
@@ -193,6 +204,9 @@ impl Supervisor {
     }
 
     fn live(&self, mut life: Life, template: String) -> Result<Ended> {
+        let is_probed = self
+            .shared
+            .read(|record| record.spec.options.health.is_some());
         self.shared.change(|state| {
             state.status = Status::Running;
             state.supervisor = Some(std::process::id());
@@ -201,12 +215,15 @@ impl Supervisor {
             state.exit_code = 0;
             state.error.clear();
             state.template = template;
+            state.health = is_probed.then(Health::default);
         })?;
         self.shared.set_now(Now::Living {
             orders: life.orders(),
             main: Arc::clone(&life.main),
         });
+        let watch = probe::watch(&self.shared)?;
         let lived = life.live();
+        drop(watch);
         self.shared.set_now(Now::Between);
         let main = life.bury()?;
         Ok(match lived {
@@ -221,6 +238,15 @@ impl Supervisor {
                 main,
             },
         })
+    }
+
+    /// Of a container that is gone: the volumes that nobody gave a name.
+    fn remove_volumes(&self) -> Result<()> {
+        let record = self.shared.read(Record::clone);
+        if record.spec.mounts.is_empty() {
+            return Ok(());
+        }
+        Engine::open(&self.root)?.remove_anonymous_volumes(&record)
     }
 
     /// The end for good: the record first, then the lock, then whoever waits.
@@ -248,6 +274,7 @@ impl Supervisor {
             directory
                 .remove(ownership)
                 .and_then(|()| self.shared.forget())
+                .and_then(|()| self.remove_volumes())
         } else {
             drop(ownership);
             Ok(())

@@ -5,8 +5,9 @@ use super::session::{Client, Farewells, Session, lock};
 use super::{failed, one_line};
 use crate::container::record::{Record, State, Status};
 use crate::container::store::Store;
-use crate::container::wire::{self, Answer, Exec, Frame, Request};
+use crate::container::wire::{self, Answer, Frame, Request};
 use anyhow::{Context, Result, anyhow, bail};
+use fork::task::Task;
 use signal_hook::consts::SIGTERM;
 use signal_hook::iterator::Signals;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -133,6 +134,11 @@ impl Shared {
         }
     }
 
+    /// Waits until all clients have been told what they are to be told.
+    pub fn wait_for_farewells(&self) {
+        self.farewells.wait();
+    }
+
     /// The live container.
     fn living(&self) -> Result<(Orders, Arc<Session>)> {
         match &lock(&self.inner).now {
@@ -142,7 +148,7 @@ impl Shared {
     }
 
     /// Gives an order to the life, and waits for what comes of it.
-    fn order<T>(&self, order: impl FnOnce(SyncSender<Result<T>>) -> Order) -> Result<T> {
+    pub fn order<T>(&self, order: impl FnOnce(SyncSender<Result<T>>) -> Order) -> Result<T> {
         let (orders, _) = self.living()?;
         let (reply, answer) = sync_channel(1);
         let ended = || anyhow!("the container has ended");
@@ -204,7 +210,11 @@ pub fn heed_signals(shared: &Arc<Shared>) -> Result<()> {
     })
 }
 
-fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+/// A thread that nobody waits for.
+///
+/// # Errors
+/// No thread.
+pub fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
     std::thread::Builder::new()
         .name(name.into())
         .stack_size(256 << 10)
@@ -220,9 +230,19 @@ fn serve(mut stream: UnixStream, shared: &Arc<Shared>) -> Result<()> {
     // Until it has its answer, the process stays.
     let ticket = shared.farewells.begin();
     let done = match request {
-        Request::Start { .. } => Err(anyhow!("the container runs already")),
+        Request::Start { .. } | Request::Open => Err(anyhow!("the container runs already")),
         Request::Attach { stdin } => return attach(stream, stdin, shared),
-        Request::Exec(exec) => return begin_exec(stream, exec, shared),
+        Request::Exec(exec) => {
+            let detach = exec.detach;
+            let order = |clients, reply| Order::Exec(exec, clients, reply);
+            return begin_beside(stream, detach, false, order, shared);
+        }
+        Request::Task(task) => {
+            // One that takes what a client sends sees its end, and cleans up.
+            let is_to_end = !matches!(task, Task::Unpack { .. });
+            let order = |clients, reply| Order::Task(task, clients, reply);
+            return begin_beside(stream, false, is_to_end, order, shared);
+        }
         Request::Signal(signal) => send_signal(shared, signal).map(|()| Answer::Done),
         Request::Stop { signal, timeout } => stop(shared, signal, timeout).map(Answer::Ended),
         Request::Kill => kill(shared).map(Answer::Ended),
@@ -329,15 +349,22 @@ fn hear(mut stream: UnixStream, session: &Session, once: bool) -> Result<()> {
     Ok(())
 }
 
-fn begin_exec(mut stream: UnixStream, exec: Exec, shared: &Arc<Shared>) -> Result<()> {
+/// One more process, whose client this connection is unless it is detached. Whether it is
+/// to end when the client leaves before it does.
+fn begin_beside(
+    mut stream: UnixStream,
+    detach: bool,
+    is_to_end: bool,
+    order: impl FnOnce(Vec<Arc<Client>>, SyncSender<Result<Arc<Session>>>) -> Order,
+    shared: &Arc<Shared>,
+) -> Result<()> {
     let client = Client::new(stream.try_clone().context("dup")?);
-    let detach = exec.detach;
     let watching = if detach {
         Vec::new()
     } else {
         vec![Arc::clone(&client)]
     };
-    let begun = shared.order(|reply| Order::Exec(exec, watching, reply));
+    let begun = shared.order(|reply| order(watching, reply));
     match begun {
         Ok(_) if detach => client.with(|to| wire::send(to, &Answer::Done)),
         Ok(session) => {
@@ -345,6 +372,10 @@ fn begin_exec(mut stream: UnixStream, exec: Exec, shared: &Arc<Shared>) -> Resul
             let heard = hear(stream, &session, true);
             session.leave(&client);
             session.end_input();
+            if is_to_end {
+                // To one that has ended: nothing happens.
+                session.remote().signal(SIGKILL)?;
+            }
             heard
         }
         Err(error) => wire::send(&mut stream, &failed(&error)),
@@ -388,7 +419,11 @@ fn stop(shared: &Shared, signal: Option<i32>, timeout: Option<u32>) -> Result<u8
     }
 }
 
-fn kill(shared: &Shared) -> Result<u8> {
+/// Ends the container, in any way.
+///
+/// # Errors
+/// One that has not ended.
+pub fn kill(shared: &Shared) -> Result<u8> {
     shared.stop_for_good();
     if let Ok((orders, main)) = shared.living() {
         let is_paused = shared.read(|record| record.state.status == Status::Paused);

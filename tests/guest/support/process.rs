@@ -157,6 +157,13 @@ impl Running {
         writeln!(stdin, "{line}").expect("it reads");
     }
 
+    /// Whether its standard output holds `text` by now. It has to run still.
+    pub fn has(&mut self, text: &str) -> bool {
+        let ended = self.child.try_wait().expect("waits");
+        assert!(ended.is_none(), "it has ended: {:?}", self.stderr.text());
+        self.stdout.text().contains(text)
+    }
+
     /// Waits until its standard output holds `text`.
     pub fn expect(&mut self, text: &str) {
         if !self.stdout.wait_for(text) {

@@ -3,6 +3,7 @@
 # system together out of the outer machine's (9p, read-only) and a tmpfs over it,
 # then hands over to session.sh inside it.
 # Protocol on the control port, one line each: "fail REASON", "ready", "exit STATUS".
+# The other way it brings bytes that mean nothing: see WAKE in machine.rs.
 
 b=/bin/busybox
 
@@ -20,7 +21,7 @@ for port in 1 2 3 4; do
     while set -- /dev/vport*p$port; [ ! -c "$1" ]; do $b usleep 5000; done
 done
 export ports="${1%4}"
-exec 3>"${ports}1"
+exec 3<>"${ports}1"
 
 must() {
     "$b" "$@" && return

@@ -20,6 +20,12 @@ use std::time::{Duration, Instant};
 
 /// From power-on to the start of the command. Takes 4 s on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// How often the emulated host is interrupted. QEMU's vCPU changes its bits of pending
+/// interrupts without the lock under which its timers set theirs (7.2,
+/// target/i386/tcg/sysemu/svm_helper.c, CPU_INTERRUPT_VIRQ), so once in a few minutes of
+/// nested guests one is lost; if that is the timer's, the CPU sleeps for ever. Any other
+/// interrupt wakes it, and brings what was lost.
+const WAKE: Duration = Duration::from_secs(1);
 /// How much of the console is kept for the day it is needed.
 const CONSOLE_TAIL: usize = 8 << 10;
 /// What a shell reports of a program that wrote to a pipe without a reader.
@@ -161,6 +167,8 @@ impl Machine {
                 move || copy_out(stderr, io::stderr(), &sender)
             }),
         ];
+        let waking = control.try_clone().context("cannot copy a descriptor")?;
+        thread::spawn(move || wake(waking));
         thread::spawn(move || read_control(control, &sender));
         Ok(Machine {
             qemu,
@@ -350,6 +358,13 @@ fn read_control(port: UnixStream, sender: &Sender<Event>) {
         }
     }
     sender.send(Event::Closed).ok();
+}
+
+/// Interrupts the emulated host again and again, until it is gone.
+fn wake(mut port: UnixStream) {
+    while port.write_all(b".").is_ok() {
+        thread::sleep(WAKE);
+    }
 }
 
 /// Copies a port to `to` as it comes, to the port's end.

@@ -57,6 +57,7 @@ if [ "$stdin" = port ]; then
     } <"${ports}4" >$input 3>&- &
 fi
 
+$b cat <&3 >/dev/null & wake=$!
 echo ready >&3
 (session) <$input >/run/vmhost/out 2>/run/vmhost/err 3>&-
 status=$?
@@ -67,7 +68,7 @@ status=$?
     $b usleep 500000
     for process in /proc/[0-9]*; do
         process=${process#/proc/}
-        case $process in 1 | "$self" | "$out" | "$err") ;; *) kill -9 "$process" ;; esac
+        case $process in 1 | "$self" | "$out" | "$err" | "$wake") ;; *) kill -9 "$process" ;; esac
     done
 } 3>&- &
 wait "$out" "$err"

@@ -19,7 +19,7 @@ pub(super) enum Check {
     Without(u8, u32),
 }
 
-const MAIN: u8 = 1;
+pub(super) const MAIN: u8 = 1;
 const VCPU: u8 = 1 << 1 | MAIN;
 const IO: u8 = 1 << 2 | MAIN;
 const ALL: u8 = VCPU | IO;
@@ -39,11 +39,11 @@ pub(super) fn of(thread: Thread, pid: u32) -> Vec<Call> {
     list
 }
 
-fn always(threads: u8, number: i64) -> Call {
+pub(super) fn always(threads: u8, number: i64) -> Call {
     when(threads, number, Vec::new())
 }
 
-fn when(threads: u8, number: i64, alternatives: Vec<Vec<Check>>) -> Call {
+pub(super) fn when(threads: u8, number: i64, alternatives: Vec<Vec<Check>>) -> Call {
     Call {
         number,
         threads,
@@ -206,11 +206,21 @@ fn sockets() -> Vec<Call> {
                 Check::Is(1, stream as u32),
             ]],
         ),
-        always(MAIN, libc::SYS_recvmsg),
+        // The owner's packets; answers of the volumes' server.
+        always(IO, libc::SYS_recvmsg),
         // Events go to the owner from the thread on which they happen.
         always(ALL, libc::SYS_sendmsg),
         always(IO, libc::SYS_recvfrom),
         always(IO, libc::SYS_sendto),
+        // That the volumes' server is at a socket for packets.
+        when(
+            MAIN,
+            libc::SYS_getsockopt,
+            vec![vec![
+                Check::Is(1, libc::SOL_SOCKET as u32),
+                Check::Is(2, libc::SO_TYPE as u32),
+            ]],
+        ),
         // A connection that the guest ends, or the device's reset.
         always(ALL, libc::SYS_shutdown),
     ]

@@ -4,7 +4,7 @@ use super::{Counts, Jail, Reply, Request, Start, VERSION};
 use crate::jail::Confinement;
 use crate::jail::cgroup::{Cgroups, Group};
 use crate::worker::packet;
-use crate::worker::process::WORKER;
+use crate::worker::process::{BROKER, WORKER};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -149,10 +149,12 @@ impl Spawner {
             return Ok(false);
         };
         let (reply, socket) = match request {
-            Request::Spawn => match self.spawn() {
-                Ok((pid, socket)) => (Reply::Spawned { pid }, Some(socket)),
-                Err(error) => (Reply::Failed(error.to_string()), None),
-            },
+            Request::Spawn => self.reply_with(WORKER),
+            Request::Broker if self.jail.is_none() => {
+                let line = "volumes are served from a jail: be root, and leave out --no-jail";
+                (Reply::Failed(line.into()), None)
+            }
+            Request::Broker => self.reply_with(BROKER),
             Request::Counts => (Reply::Counts(self.counts), None),
             Request::Configure { .. } => (Reply::Failed("configured already".into()), None),
         };
@@ -164,8 +166,15 @@ impl Spawner {
         }
     }
 
-    /// Starts a worker. When it is told to begin it is in its cgroup.
-    fn spawn(&mut self) -> io::Result<(i32, OwnedFd)> {
+    fn reply_with(&mut self, role: &str) -> (Reply, Option<OwnedFd>) {
+        match self.spawn(role) {
+            Ok((pid, socket)) => (Reply::Spawned { pid }, Some(socket)),
+            Err(error) => (Reply::Failed(error.to_string()), None),
+        }
+    }
+
+    /// Starts a worker, or a broker. When it is told to begin it is in its cgroup.
+    fn spawn(&mut self, role: &str) -> io::Result<(i32, OwnedFd)> {
         let (owners, workers) = packet::pair()?;
         let (stderr, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         fcntl_setpipe_size(&stderr, LAST_WORDS)?;
@@ -181,7 +190,7 @@ impl Spawner {
         let mut command = Command::new("/proc/self/exe");
         command
             .arg0("vm-run-worker")
-            .arg(WORKER)
+            .arg(role)
             .stdin(Stdio::from(workers))
             .stderr(Stdio::from(write));
         let process = match self.start(&mut command) {

@@ -25,15 +25,16 @@ use vm_run_agent::prepared::Prepared;
 use vm_run_agent::rootfs::Disks;
 use vm_run_agent::serve::{Done, Server};
 use vm_run_agent::spawn::Resources;
+use vm_run_agent::volumes::Source;
 use vm_run_agent::{mounts, sys};
 
 /// No test waits longer for anything.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The agent, as the test starts it: `serve SOCKET IMAGE WRITABLE CGROUP`, PID 1
+/// The agent, as the test starts it: `serve SOCKET IMAGE WRITABLE CGROUP VOLUMES`, PID 1
 /// of a PID namespace, in a mount and a UTS namespace.
 pub fn serve(args: &[String]) -> ExitCode {
-    let [socket, image, writable, cgroup] = args else {
+    let [socket, image, writable, cgroup, volumes] = args else {
         return ExitCode::from(2);
     };
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -49,6 +50,10 @@ pub fn serve(args: &[String]) -> ExitCode {
             image: image.clone(),
             window: None,
             writable: writable.clone(),
+            volumes: Source {
+                kind: "ext4".to_owned(),
+                name: volumes.clone(),
+            },
         },
         freezer: Freezer::open(cgroup.as_fd()).unwrap(),
         rules: Rules::prepare(cgroup.as_fd()).unwrap(),
@@ -142,6 +147,14 @@ impl Images {
         }
     }
 
+    /// A new ext4 with what is in a directory.
+    pub fn filled(&self, name: &str, from: &Path) -> Loop {
+        let file = self.dir.join(name);
+        let mut mkfs = Command::new("mkfs.ext4");
+        run(mkfs.args(["-q", "-d"]).arg(from).arg(&file).arg("16M"));
+        Loop::attach(&file, &[])
+    }
+
     /// A new, empty ext4.
     pub fn writable(&self) -> Loop {
         static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -178,12 +191,27 @@ fn make_busybox(root: &Path) {
     )
     .unwrap();
     symlink("/tmp/elsewhere", root.join("etc/hosts")).unwrap();
+    copy_libraries(root);
     let executable = |name: &str, content: &[u8]| {
         fs::write(root.join(name), content).unwrap();
         fs::set_permissions(root.join(name), fs::Permissions::from_mode(0o755)).unwrap();
     };
     executable("bin/garbage", b"\x01\x02 no program");
     executable("bin/orphan-script", b"#!/no/such/interpreter\n");
+}
+
+/// What this test is linked with: it is the init of a container too, where the agent
+/// is static.
+fn copy_libraries(root: &Path) {
+    let linked = run(Command::new("ldd").arg(std::env::current_exe().unwrap()));
+    for path in linked
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
+        let target = root.join(&path[1..]);
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        fs::copy(path, target).unwrap();
+    }
 }
 
 /// An agent that is at its fork point.
@@ -203,6 +231,16 @@ impl Agent {
     }
 
     pub fn start_with(images: &Images, image: &Loop, writable: &str) -> Self {
+        Self::start_with_volumes(images, image, writable, "/dev/null")
+    }
+
+    /// An agent whose volumes are on an ext4.
+    pub fn start_with_volumes(
+        images: &Images,
+        image: &Loop,
+        writable: &str,
+        volumes: &str,
+    ) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let socket = images.dir.join(format!("agent-{number}"));
@@ -212,6 +250,7 @@ impl Agent {
             .arg(std::env::current_exe().unwrap())
             .arg("serve")
             .args([&socket, Path::new(&image.0), Path::new(writable), &cgroup])
+            .arg(volumes)
             .spawn()
             .unwrap();
         let control = connect(&socket, &Hello::Control);

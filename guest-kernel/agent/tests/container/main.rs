@@ -9,12 +9,18 @@
 mod cases;
 mod exec;
 mod host;
+mod options;
+mod tasks;
+mod volumes;
 mod warm;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
+    if let Some(program) = vm_run_agent::init::asked(args.iter().cloned()) {
+        return vm_run_agent::init::live(program);
+    }
     if let Some("serve") = args.get(1).map(String::as_str) {
         return host::serve(&args[2..]);
     }
@@ -25,7 +31,15 @@ fn main() -> ExitCode {
     let wanted = args.iter().skip(1).find(|arg| !arg.starts_with('-'));
     let images = host::Images::make();
     let mut failed = 0;
-    for (name, case) in [cases::ALL, warm::ALL, exec::ALL].into_iter().flatten() {
+    let all = [
+        cases::ALL,
+        warm::ALL,
+        exec::ALL,
+        options::ALL,
+        tasks::ALL,
+        volumes::ALL,
+    ];
+    for (name, case) in all.into_iter().flatten() {
         if wanted.is_some_and(|wanted| !name.contains(wanted.as_str())) {
             continue;
         }

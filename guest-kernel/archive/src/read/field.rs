@@ -1,6 +1,6 @@
 //! The fields of tar headers and pax records.
 
-use crate::image::error::{ImageError, Result};
+use crate::error::{Error, Result};
 
 /// A text field, which ends at its first NUL.
 pub fn until_nul(field: &[u8]) -> &[u8] {
@@ -95,6 +95,6 @@ pub fn check_sum(block: &[u8; 512]) -> Result<()> {
 }
 
 /// Refuses the stream.
-pub fn tar(what: &str) -> ImageError {
-    ImageError::Tar(what.to_owned())
+pub fn tar(what: &str) -> Error {
+    Error::Tar(what.to_owned())
 }

@@ -179,22 +179,19 @@ fn what_is_cut_or_corrupt_is_refused() {
     let whole = member(&header(tar::EntryType::Regular, "f", 600), &[7; 600]);
     for length in [1, 511, 513, 1024, 1535] {
         assert!(
-            matches!(read(&whole[..length]), Err(ImageError::Tar(_))),
+            matches!(read(&whole[..length]), Err(Error::Tar(_))),
             "{length}"
         );
     }
     let mut flipped = whole.clone();
     flipped[0] ^= 1;
-    assert!(matches!(read(&flipped), Err(ImageError::Tar(_))));
+    assert!(matches!(read(&flipped), Err(Error::Tar(_))));
     let huge = header(tar::EntryType::XHeader, "pax", 1 << 30);
-    assert!(matches!(
-        read(&member(&huge, b"")),
-        Err(ImageError::Limit(_))
-    ));
+    assert!(matches!(read(&member(&huge, b"")), Err(Error::Limit(_))));
     let unknown = header(tar::EntryType::new(b'Z'), "f", 0);
     assert!(matches!(
         read(&member(&unknown, b"")),
-        Err(ImageError::Entry { .. })
+        Err(Error::Entry { .. })
     ));
 }
 
@@ -212,7 +209,7 @@ fn sparse_maps_that_lie_are_refused() {
             ("GNU.sparse.map", map.as_bytes()),
         ]);
         bytes.extend(member(&header(tar::EntryType::Regular, "s", 3), b"abc"));
-        assert!(matches!(read(&bytes), Err(ImageError::Tar(_))), "{map}");
+        assert!(matches!(read(&bytes), Err(Error::Tar(_))), "{map}");
     }
 }
 

@@ -7,7 +7,7 @@
 
 mod field;
 
-use super::error::{Context, ImageError, Result, printable};
+use crate::error::{Context, Error, Result, printable};
 use field::{check_sum, decimal, number, pax_time, tar, unsigned, until_nul};
 use std::io::{self, Read};
 
@@ -24,6 +24,26 @@ const MOST_PIECES: usize = 1 << 16;
 pub trait Stream: Read {
     /// Passes over exactly `count` bytes.
     fn skip(&mut self, count: u64) -> io::Result<()>;
+}
+
+/// Any reader as a [`Stream`]: bytes are passed over by reading them.
+#[derive(Debug)]
+pub struct Plain<R>(pub R);
+
+impl<R: Read> Read for Plain<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl<R: Read> Stream for Plain<R> {
+    fn skip(&mut self, count: u64) -> io::Result<()> {
+        let passed = io::copy(&mut self.0.by_ref().take(count), &mut io::sink())?;
+        if passed < count {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(())
+    }
 }
 
 /// What an entry is.
@@ -130,8 +150,8 @@ impl<S: Stream> TarReader<S> {
     /// The next entry, or `None` at the archive's end.
     ///
     /// # Errors
-    /// [`ImageError::Tar`] and [`ImageError::Entry`] for what the stream says,
-    /// [`ImageError::Io`] for what the system says.
+    /// [`Error::Tar`] and [`Error::Entry`] for what the stream says,
+    /// [`Error::Io`] for what the system says.
     pub fn next_entry(&mut self) -> Result<Option<Entry>> {
         let mut extensions = Extensions::default();
         while let Some(header) = self.next_header()? {
@@ -152,6 +172,16 @@ impl<S: Stream> TarReader<S> {
         Ok(None)
     }
 
+    /// Reads the next bytes of the current entry: those of its pieces follow each other.
+    ///
+    /// # Errors
+    /// [`Error::Tar`] for more bytes than it has, or a stream that ends.
+    pub fn read_data(&mut self, bytes: &mut [u8]) -> Result<()> {
+        let left = self.pending.checked_sub(bytes.len() as u64);
+        self.pending = left.ok_or_else(|| tar("an entry shorter than its pieces"))?;
+        self.read(bytes)
+    }
+
     fn entry(
         &mut self,
         header: &tar::Header,
@@ -164,7 +194,7 @@ impl<S: Stream> TarReader<S> {
             Some(path) => path,
             None => header_path(header),
         };
-        let named = |reason: &str| ImageError::Entry {
+        let named = |reason: &str| Error::Entry {
             entry: printable(&path),
             reason: reason.to_owned(),
         };
@@ -296,7 +326,7 @@ impl<S: Stream> TarReader<S> {
     /// The data of an extension header, its padding passed.
     fn extension(&mut self, size: u64) -> Result<Vec<u8>> {
         if size > LONGEST_EXTENSION {
-            return Err(ImageError::Limit(format!(
+            return Err(Error::Limit(format!(
                 "a tar extension header of {size} bytes"
             )));
         }
@@ -371,7 +401,7 @@ impl<S: Stream> TarReader<S> {
                     return Ok((real, pieces(&numbers[1..], self.position, data, real)?));
                 }
                 if numbers.len() > 2 * MOST_PIECES {
-                    return Err(ImageError::Limit(
+                    return Err(Error::Limit(
                         "a sparse file of more than 65536 pieces".to_owned(),
                     ));
                 }
@@ -471,7 +501,7 @@ fn device(header: &tar::Header) -> Result<(u32, u32)> {
 fn read_old_sparse(list: &[tar::GnuSparseHeader], map: &mut Vec<u64>) -> Result<()> {
     for piece in list.iter().take_while(|piece| piece.offset[0] != 0) {
         if map.len() >= 2 * MOST_PIECES {
-            return Err(ImageError::Limit(
+            return Err(Error::Limit(
                 "a sparse file of more than 65536 pieces".to_owned(),
             ));
         }
@@ -484,7 +514,7 @@ fn read_old_sparse(list: &[tar::GnuSparseHeader], map: &mut Vec<u64>) -> Result<
 /// together as the data that is stored.
 fn pieces(map: &[u64], mut position: u64, stored: u64, real: u64) -> Result<Vec<Piece>> {
     if map.len() > 2 * MOST_PIECES {
-        return Err(ImageError::Limit(
+        return Err(Error::Limit(
             "a sparse file of more than 65536 pieces".to_owned(),
         ));
     }
