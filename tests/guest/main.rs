@@ -21,3 +21,4 @@ mod support;
 mod volumes;
 mod warm;
 mod warm_cli;
+mod workloads;

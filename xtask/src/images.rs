@@ -5,6 +5,7 @@
 mod deb;
 mod layer;
 mod layout;
+pub mod workloads;
 
 use crate::host;
 use anyhow::{Context, Result};
@@ -51,6 +52,9 @@ const HIDDEN: &str = "etc/issue.net";
 pub fn run() -> Result<()> {
     println!("{}", ensure_busybox()?.display());
     println!("{}", ensure_debian_python()?.display());
+    for (_, path) in workloads::ensure_all()? {
+        println!("{}", path.display());
+    }
     Ok(())
 }
 
@@ -92,6 +96,7 @@ pub fn ensure_busybox() -> Result<PathBuf> {
         let config = Config {
             env: &[PATH],
             cmd: &["sh"],
+            ..Config::EMPTY
         };
         layout::write_docker_archive(target, "busybox:latest", &config, layer.finish()?)
     })
@@ -110,6 +115,7 @@ pub fn ensure_debian_python() -> Result<PathBuf> {
         let config = Config {
             env: &[PATH, "LANG=C.UTF-8"],
             cmd: &["python3"],
+            ..Config::EMPTY
         };
         let layers = vec![
             (debian_base(&lower)?, Compression::Gzip),
@@ -135,28 +141,27 @@ fn debian_base(packages: &[PathBuf]) -> Result<Vec<u8>> {
         layer.package(package)?;
     }
     // What base-passwd's installation script would do.
-    let master = |name: &str| {
-        deb::extract(
-            packages,
-            "base-passwd",
-            &format!("usr/share/base-passwd/{name}.master"),
-        )
-    };
-    layer.file(
-        "etc/passwd",
-        0o644,
-        &[&master("passwd")?, APP_PASSWD.as_bytes()].concat(),
-    )?;
-    layer.file(
-        "etc/group",
-        0o644,
-        &[&master("group")?, APP_GROUP.as_bytes()].concat(),
-    )?;
+    for kind in ["passwd", "group"] {
+        layer.file(&format!("etc/{kind}"), 0o644, &accounts(packages, kind)?)?;
+    }
     layer.directory("home/app", 0o755, 1000)?;
     if !layer.has("usr/bin/sh") {
         layer.symlink("usr/bin/sh", "dash")?;
     }
     layer.finish()
+}
+
+/// The base's `/etc/passwd` or `/etc/group`.
+fn accounts(packages: &[PathBuf], kind: &str) -> Result<Vec<u8>> {
+    let master = format!("usr/share/base-passwd/{kind}.master");
+    let mut all = deb::extract(packages, "base-passwd", &master)?;
+    let app = if kind == "passwd" {
+        APP_PASSWD
+    } else {
+        APP_GROUP
+    };
+    all.extend_from_slice(app.as_bytes());
+    Ok(all)
 }
 
 fn debian_python(packages: &[PathBuf]) -> Result<Vec<u8>> {
@@ -197,6 +202,7 @@ fn ensure(
         include_str!("images.rs"),
         include_str!("images/layer.rs"),
         include_str!("images/layout.rs"),
+        include_str!("images/workloads.rs"),
     ];
     let mut parts = vec![VERSION.as_bytes()];
     parts.extend(source.iter().map(|text| text.as_bytes()));

@@ -38,6 +38,8 @@ pub fn run(args: &Args) -> Result<()> {
     if args.forks_only {
         return Ok(());
     }
+    step("programs that people run");
+    test::guest_tests(vmhost::HostKernel::default(), test::WORKLOADS)?;
     step("the guest tests on the oldest host kernel that is supported");
     test::guest_tests(vmhost::HostKernel::Linux61, "")?;
     step("a user's own kernel: Debian's configuration and the options of docs/kernel.md");

@@ -11,6 +11,10 @@ use std::time::Duration;
 /// How long the guest tests may take. On hardware they take a minute.
 const GUEST_TESTS_TIMEOUT: Duration = Duration::from_secs(40 * 60);
 
+/// Tests of programs that people run. Their images are large, so only a filter that
+/// begins so runs them, and `cargo xtask soak`.
+pub const WORKLOADS: &str = "workloads::";
+
 /// `cargo xtask test`
 #[derive(clap::Args)]
 pub struct Args {
@@ -52,7 +56,7 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
     let guest = guest::ensure()?;
     let prefix = tempfile::tempdir()?;
     install::into(prefix.path())?;
-    let env: Vec<(&str, PathBuf)> = vec![
+    let mut env: Vec<(&str, PathBuf)> = vec![
         ("VM_RUN_GUEST", guest),
         ("VM_RUN_TEST_BUSYBOX", images::ensure_busybox()?),
         ("VM_RUN_TEST_PYTHON", images::ensure_debian_python()?),
@@ -64,6 +68,10 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
         ("VM_RUN_TEST_PREFIX", prefix.path().into()),
         ("VM_RUN_BOOT_TIMEOUT", "60".into()),
     ];
+    let has_workloads = filter.starts_with(WORKLOADS);
+    if has_workloads {
+        env.extend(images::workloads::ensure_all()?);
+    }
     let test = build_one(
         &[
             "test",
@@ -91,6 +99,9 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
     argv.push("--nocapture".into());
     if !filter.is_empty() {
         argv.push(filter.into());
+    }
+    if !has_workloads {
+        argv.extend(["--skip".into(), WORKLOADS.into()]);
     }
     let options = Options {
         host_kernel,

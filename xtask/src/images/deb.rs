@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
 /// A package as the archive's signed lists have it.
+#[derive(Clone)]
 pub struct Package {
     /// The name of its file, version included.
     file: String,
@@ -15,6 +16,11 @@ pub struct Package {
 }
 
 impl Package {
+    /// Its name alone.
+    pub fn name(&self) -> &str {
+        self.file.split('_').next().unwrap_or_default()
+    }
+
     /// Whether `path` is this package's file.
     pub fn is_file(&self, path: &Path) -> bool {
         path.file_name()

@@ -21,8 +21,66 @@ pub enum Compression {
 pub struct Config<'a> {
     /// `NAME=VALUE`.
     pub env: &'a [&'a str],
+    /// What every command is given to.
+    pub entrypoint: &'a [&'a str],
     /// The command.
     pub cmd: &'a [&'a str],
+    /// Where it starts; empty for `/`.
+    pub working_dir: &'a str,
+    /// What asks it to stop; empty for SIGTERM.
+    pub stop_signal: &'a str,
+    /// `PORT/PROTOCOL`.
+    pub exposed_ports: &'a [&'a str],
+    /// Directories.
+    pub volumes: &'a [&'a str],
+}
+
+impl Config<'_> {
+    /// One that says nothing.
+    pub const EMPTY: Config<'static> = Config {
+        env: &[],
+        entrypoint: &[],
+        cmd: &[],
+        working_dir: "",
+        stop_signal: "",
+        exposed_ports: &[],
+        volumes: &[],
+    };
+
+    /// As images have it: what is not said is left out.
+    fn json(&self) -> Value {
+        let set =
+            |names: &[&str]| -> Value { names.iter().map(|name| (*name, json!({}))).collect() };
+        let mut all = json!({ "Env": self.env, "Cmd": self.cmd });
+        for (key, value, said) in [
+            (
+                "Entrypoint",
+                json!(self.entrypoint),
+                !self.entrypoint.is_empty(),
+            ),
+            (
+                "WorkingDir",
+                json!(self.working_dir),
+                !self.working_dir.is_empty(),
+            ),
+            (
+                "StopSignal",
+                json!(self.stop_signal),
+                !self.stop_signal.is_empty(),
+            ),
+            (
+                "ExposedPorts",
+                set(self.exposed_ports),
+                !self.exposed_ports.is_empty(),
+            ),
+            ("Volumes", set(self.volumes), !self.volumes.is_empty()),
+        ] {
+            if said {
+                all[key] = value;
+            }
+        }
+        all
+    }
 }
 
 /// When the images say they were made: fixed, so that the bytes are.
@@ -98,7 +156,7 @@ fn configuration(config: &Config<'_>, diff_ids: &[String]) -> Vec<u8> {
         "architecture": "amd64",
         "os": "linux",
         "created": CREATED,
-        "config": { "Env": config.env, "Cmd": config.cmd },
+        "config": config.json(),
         "rootfs": { "type": "layers", "diff_ids": diff_ids },
     });
     json.to_string().into_bytes()
