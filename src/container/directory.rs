@@ -14,10 +14,12 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::Errno;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// How a directory is called that is being made, or removed.
 const UNFINISHED: &str = ".tmp-";
@@ -50,13 +52,7 @@ impl Directory {
     ) -> Result<(Self, Ownership)> {
         let shelf = shelf(root);
         fs::create_dir_all(&shelf).with_context(|| format!("cannot make {}", shelf.display()))?;
-        let unfinished = tempfile::Builder::new()
-            .prefix(UNFINISHED)
-            .tempdir_in(&shelf)
-            .with_context(|| format!("cannot write to {}", shelf.display()))?;
-        // Whoever sweeps leaves alone what somebody holds.
-        let lock = lock_file(unfinished.path())?;
-        flock(&lock, FlockOperation::LockExclusive).context("cannot lock a new directory")?;
+        let (unfinished, lock) = unfinished(&shelf)?;
         fill(unfinished.path())?;
         File::open(unfinished.path())
             .and_then(|dir| dir.sync_all())
@@ -123,7 +119,7 @@ impl Directory {
     /// What the kernel says.
     pub fn listen(&self, _: &Ownership) -> Result<UnixListener> {
         match fs::remove_file(self.path(SOCKET)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
                 return Err(error).context("cannot remove an old socket");
             }
             _ => {}
@@ -157,14 +153,22 @@ impl Directory {
     /// What the file system says; what is left is removed by a later [`sweep`].
     pub fn remove(&self, _: Ownership) -> Result<()> {
         let shelf = self.0.parent().unwrap_or(&self.0);
-        let away = tempfile::Builder::new()
-            .prefix(UNFINISHED)
-            .tempdir_in(shelf)
-            .with_context(|| format!("cannot write to {}", shelf.display()))?;
+        let (away, _lock) = unfinished(shelf)?;
         fs::rename(&self.0, away.path().join("c"))
             .with_context(|| format!("cannot remove {}", self.0.display()))?;
-        away.close()
-            .with_context(|| format!("cannot remove all of {}", self.0.display()))
+        let away = away.keep();
+        loop {
+            match fs::remove_dir_all(&away) {
+                Ok(()) => return Ok(()),
+                // Whoever sweeps may look for a lock in it, and may take over.
+                Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("cannot remove all of {}", self.0.display()));
+                }
+            }
+        }
     }
 }
 
@@ -173,6 +177,26 @@ const LOCK: &str = "lock";
 
 fn shelf(root: &Path) -> PathBuf {
     root.join("containers")
+}
+
+/// A directory that is not to be found yet, or no more. Whoever sweeps leaves alone what
+/// somebody holds; what was swept before it was held is made anew.
+fn unfinished(shelf: &Path) -> Result<(TempDir, File)> {
+    loop {
+        let made = tempfile::Builder::new()
+            .prefix(UNFINISHED)
+            .tempdir_in(shelf)
+            .with_context(|| format!("cannot write to {}", shelf.display()))?;
+        let lock = match lock_file(made.path()) {
+            Ok(lock) => lock,
+            Err(_) if !made.path().is_dir() => continue,
+            Err(error) => return Err(error),
+        };
+        flock(&lock, FlockOperation::LockExclusive).context("cannot lock a new directory")?;
+        if made.path().is_dir() {
+            return Ok((made, lock));
+        }
+    }
 }
 
 fn lock_file(dir: &Path) -> Result<File> {
@@ -213,5 +237,33 @@ fn sweep_one(path: &Path, is_known: impl Fn() -> Result<bool>) -> Result<()> {
         Ok(()) if !is_known()? => Ok(fs::remove_dir_all(path)?),
         // Somebody is at it.
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_being_made_is_not_swept_away() {
+        let root = tempfile::tempdir().expect("a directory");
+        std::thread::scope(|scope| {
+            let sweeper = scope.spawn(|| {
+                for _ in 0..2000 {
+                    sweep(root.path(), |_| Ok(true));
+                }
+            });
+            let mut made = 0;
+            while !sweeper.is_finished() || made < 10 {
+                let id = format!("{made:064}");
+                let fill = |dir: &Path| Ok(fs::write(dir.join("filled"), "")?);
+                let (directory, ownership) = Directory::make(root.path(), &id, fill).expect("made");
+                assert!(directory.path("filled").exists());
+                if made % 2 == 0 {
+                    directory.remove(ownership).expect("removed");
+                }
+                made += 1;
+            }
+        });
     }
 }
