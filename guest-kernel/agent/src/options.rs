@@ -97,15 +97,16 @@ pub fn mount_tmpfs(tmpfs: &Tmpfs) -> Result<(), Failure> {
     Ok(mount("tmpfs", path, "tmpfs", flags, &data)?)
 }
 
-/// Whether it is to be [locked](lock_tmpfs).
-pub fn is_read_only(tmpfs: &Tmpfs) -> bool {
-    MountFlags::from_bits_retain(tmpfs.flags).contains(MountFlags::RDONLY)
-}
-
-/// Makes a file system in memory read-only.
-pub fn lock_tmpfs(tmpfs: &Tmpfs) -> Result<(), Failure> {
-    let flags = MountFlags::from_bits_retain(tmpfs.flags);
-    Ok(make_read_only(&tmpfs.path, flags)?)
+/// Makes those file systems in memory read-only that are to be: what lies in them had to
+/// be put there first.
+pub fn lock_tmpfs(all: &[Tmpfs]) -> Result<(), Failure> {
+    for tmpfs in all {
+        let flags = MountFlags::from_bits_retain(tmpfs.flags);
+        if flags.contains(MountFlags::RDONLY) {
+            make_read_only(&tmpfs.path, flags)?;
+        }
+    }
+    Ok(())
 }
 
 /// Limits this process, while it may still set any limit.

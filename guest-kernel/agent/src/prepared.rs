@@ -149,12 +149,11 @@ fn live(
         None
     };
     jail::enter(&root)?;
-    let read_only = volumes.read_only();
     volumes.place_under()?;
     let names = system.place(&hostname, wanted)?;
     options::complete(wanted)?;
     volumes.place_over()?;
-    read_only.iter().try_for_each(options::lock_tmpfs)?;
+    options::lock_tmpfs(&wanted.tmpfs)?;
     if let Some(helper) = helper {
         let listener = warm::place(&helper)?;
         let sent = reporter.warm(&listener, &names);

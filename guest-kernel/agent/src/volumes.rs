@@ -128,16 +128,6 @@ impl Volumes {
     pub fn place_over(self) -> Result<(), Failure> {
         put_all(self.0)
     }
-
-    /// The file systems in memory that are read-only in the end: what lies in them had to
-    /// be put there.
-    pub fn read_only(&self) -> Vec<Tmpfs> {
-        let memory = self.0.iter().filter_map(|place| match place {
-            Place::Memory(tmpfs) => Some(tmpfs.clone()),
-            Place::Volume(_) => None,
-        });
-        memory.filter(options::is_read_only).collect()
-    }
 }
 
 /// One within another after that, as docker sorts them.
