@@ -7,19 +7,17 @@ use std::path::{Path, PathBuf};
 /// The environment variable that names a guest's directory.
 const VARIABLE: &str = "VM_RUN_GUEST";
 
-/// A guest, and the disk that its containers write to.
+/// A guest, as it was installed.
 #[derive(Debug, Clone)]
 pub struct Found {
-    /// Kernel and agent.
+    /// Its files.
     pub guest: Guest,
-    /// An empty ext4, written out for each child: see [`crate::disk`].
-    pub writable: PathBuf,
-    /// What `cargo xtask guest` says that the digest of both is.
+    /// What `cargo xtask guest` says that their digest is.
     noted_digest: Option<String>,
 }
 
 impl Found {
-    /// The digest of kernel and agent, as it was noted when they were built, so
+    /// The digest of them, as it was noted when they were built, so
     /// that a run need not read them; a template's own was computed at its boot.
     ///
     /// # Errors
@@ -75,14 +73,12 @@ pub fn find(chosen: &GuestArgs) -> Result<Found> {
 }
 
 fn in_dir(dir: &Path) -> Option<Found> {
-    let writable = dir.join("writable.blocks");
     let guest = Guest::in_dir(dir)?;
     let noted_digest = std::fs::read_to_string(dir.join("digest"))
         .ok()
         .map(|text| text.trim().to_owned());
-    writable.is_file().then_some(Found {
+    guest.disk.is_some().then_some(Found {
         guest,
-        writable,
         noted_digest,
     })
 }

@@ -48,7 +48,7 @@ enum Phase {
 pub struct Child {
     machine: Machine,
     control: Option<Control>,
-    generation: u64,
+    born: Born,
     phase: Phase,
     path: ForkPath,
     template: Arc<TemplateInfo>,
@@ -59,13 +59,22 @@ pub struct Child {
     next_process: ProcessId,
     /// The container's streams, to be closed when it is frozen.
     streams: Vec<UnixStream>,
-    /// What the container is, and from which root image: for a template of it.
+    /// What the container is: for a template of it.
     container: Warm,
-    root: Option<File>,
+}
+
+/// What a child knows of itself from its fork.
+#[derive(Debug)]
+pub(crate) struct Born {
+    pub(crate) generation: u64,
+    /// Its root image: for a template of it.
+    pub(crate) root: Option<File>,
     /// Whether its VM stops, or has stopped, at the identity.
-    is_held: bool,
+    pub(crate) is_held: bool,
     /// A template of it would have to have them too.
-    has_volumes: bool,
+    pub(crate) has_volumes: bool,
+    /// Whether its writable layer's disk is mounted already.
+    pub(crate) has_mounted_disk: bool,
 }
 
 /// A process in a child, seen from the host.
@@ -86,19 +95,16 @@ pub struct Process {
 impl Child {
     pub(crate) fn new(
         machine: Machine,
-        generation: u64,
-        path: ForkPath,
         template: Arc<TemplateInfo>,
-        root: Option<File>,
-        is_held: bool,
-        has_volumes: bool,
+        path: ForkPath,
+        born: Born,
     ) -> Self {
         let fork = machine.timeline();
         let container = template.warm.clone().unwrap_or_default();
         Self {
             machine,
             control: None,
-            generation,
+            born,
             phase: Phase::Forked,
             path,
             template,
@@ -114,9 +120,6 @@ impl Child {
             next_process: CONTAINER + 1,
             streams: Vec::new(),
             container,
-            root,
-            is_held,
-            has_volumes,
         }
     }
 
@@ -141,7 +144,7 @@ impl Child {
         if self.phase == Phase::Forked {
             self.confirm()?;
         }
-        if std::mem::take(&mut self.is_held) {
+        if std::mem::take(&mut self.born.is_held) {
             let released = self.machine.resume();
             let phase = self.phase;
             return self.settle(released, phase);
@@ -165,7 +168,7 @@ impl Child {
                 "a warm container cannot have its writable layer on a disk, which its children would not have: keep it in guest memory",
             ));
         }
-        if container.warm && self.has_volumes {
+        if container.warm && self.born.has_volumes {
             return Err(Error::Request(
                 "a warm container cannot have volumes, which its children would not have",
             ));
@@ -181,12 +184,18 @@ impl Child {
             user: process.user.clone(),
             streams: process.streams.clone(),
         };
-        container.mapped_root = self.machine.root_image().is_some();
+        self.complete(&mut container);
         let request = Request::StartContainer { container, process };
         // Started and Exited; and Warm, where it may come.
         let events = 2 + u32::from(warm);
         let result = self.begin(CONTAINER, &streams, &request, events);
         self.settle(result, Phase::Started)
+    }
+
+    /// Says what the fork has decided of the container's file systems.
+    fn complete(&self, container: &mut ContainerSpec) {
+        container.mapped_root = self.machine.root_image().is_some();
+        container.mounted_disk = self.born.has_mounted_disk;
     }
 
     /// Ties streams to the container that a warm child was born with.
@@ -277,7 +286,7 @@ impl Child {
     /// gone in any case.
     pub fn freeze(mut self, image: &str) -> Result<Template, Error> {
         self.expect(Phase::Started, "has no container to freeze")?;
-        if self.has_volumes {
+        if self.born.has_volumes {
             return Err(Error::Request(
                 "a child with volumes cannot be frozen: its children would not have them",
             ));
@@ -306,7 +315,7 @@ impl Child {
         Ok(Template::frozen(
             &self.template,
             warm,
-            self.root,
+            self.born.root,
             memory,
             state,
         ))
@@ -337,7 +346,7 @@ impl Child {
 
     /// What a right guest without Linux answers in this child.
     pub fn expected_answer(&self) -> u64 {
-        vmm::payload::micro::expected_answer(self.generation)
+        vmm::payload::micro::expected_answer(self.born.generation)
     }
 
     /// Kills the container: [`Self::wait`] tells when it has ended.
@@ -423,7 +432,7 @@ impl Child {
                 generation,
                 entered,
                 at,
-            }) if generation == self.generation => {
+            }) if generation == self.born.generation => {
                 self.stages.entered = Some(entered);
                 self.stages.confirmed = Some(at);
                 Ok(())
@@ -532,7 +541,7 @@ fn out_of_turn() -> Error {
 impl std::fmt::Debug for Child {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Child")
-            .field("generation", &self.generation)
+            .field("generation", &self.born.generation)
             .field("phase", &self.phase)
             .field("path", &self.path)
             .finish_non_exhaustive()

@@ -1,4 +1,4 @@
-//! The guest: a kernel and an agent that belong together.
+//! The guest: a kernel, an agent and an empty disk that belong together.
 
 use crate::error::Error;
 use sha2::{Digest, Sha256};
@@ -13,26 +13,35 @@ pub struct Guest {
     pub kernel: PathBuf,
     /// The agent, packed as an initramfs.
     pub initramfs: PathBuf,
+    /// What a container's writable layer begins as: the list of an
+    /// [`EmptyDisk`](crate::EmptyDisk) that is an ext4. Without one, whoever wants a
+    /// layer on a disk makes its file system.
+    pub disk: Option<PathBuf>,
 }
 
 impl Guest {
     /// The guest in a directory, by the names that `cargo xtask` and the
-    /// packages give: `vmlinux` and `initramfs`.
+    /// packages give: `vmlinux`, `initramfs` and `writable.blocks`.
     pub fn in_dir(dir: &Path) -> Option<Self> {
+        let disk = dir.join("writable.blocks");
         let guest = Self {
             kernel: dir.join("vmlinux"),
             initramfs: dir.join("initramfs"),
+            disk: disk.is_file().then_some(disk),
         };
         (guest.kernel.is_file() && guest.initramfs.is_file()).then_some(guest)
     }
 
-    /// One digest over both files: SHA-256, hexadecimal.
+    /// One digest over all files: SHA-256, hexadecimal.
     ///
     /// # Errors
     /// A file that cannot be read.
     pub fn digest(&self) -> Result<String, Error> {
         let mut hash = Sha256::new();
-        for path in [&self.kernel, &self.initramfs] {
+        for path in [&self.kernel, &self.initramfs]
+            .into_iter()
+            .chain(&self.disk)
+        {
             hash.update(sha256(path)?);
         }
         Ok(hex(&hash.finalize()))

@@ -58,6 +58,7 @@
 
 mod agent;
 mod child;
+mod disk;
 mod error;
 #[cfg(fuzzing)]
 pub mod fuzz;
@@ -75,6 +76,7 @@ pub mod worker;
 
 pub use agent::Remote;
 pub use child::{Child, Process};
+pub use disk::{Disks, EmptyDisk};
 pub use error::Error;
 pub use guest::Guest;
 pub use pool::{Place, Pool, PoolStats};
@@ -89,7 +91,6 @@ pub use vm_run_abi::protocol::{
 };
 pub use vm_run_abi::task;
 pub use vmm::{
-    Cpu, Disks, Error as VmError, Host, HostError, Isolation, Moment, Timeline, VMS_PER_PROCESS,
-    VmCounts,
+    Cpu, Error as VmError, Host, HostError, Isolation, Moment, Timeline, VMS_PER_PROCESS, VmCounts,
 };
 pub use volumes::{VOLUMES_MAX, Volume};

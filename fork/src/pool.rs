@@ -266,17 +266,10 @@ impl Shared {
         match waiting {
             Waiting::Here(prepared) => self.template.fork_here(*prepared, request, path),
             Waiting::Worker(mut remote) => {
-                let root = self.template.root_of(&request.disks)?;
+                let born = request.born()?;
                 remote.started()?;
-                Ok(Child::new(
-                    Machine::Worker(remote),
-                    request.identity.generation,
-                    path,
-                    Arc::clone(self.template.info()),
-                    root,
-                    request.hold,
-                    !request.volumes.is_empty(),
-                ))
+                let template = Arc::clone(self.template.info());
+                Ok(Child::new(Machine::Worker(remote), template, path, born))
             }
         }
     }

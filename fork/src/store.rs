@@ -6,12 +6,14 @@
 //! | `state` | the vCPUs' and devices' state, in postcard |
 //! | `memory` | guest memory, sparse; mapped private by every child |
 //! | `root` | the root image of a warm template's container |
+//! | `disk` | the empty disk that is mounted in a bare template, as a list |
 //!
 //! It is written beside its place and renamed there, so it is whole or not
 //! there. The state is untrusted until its digest, its size and its contents
 //! have been checked; the memory's digest is checked by `template inspect
 //! --verify` and not at every fork.
 
+use crate::disk::{EmptyDisk, LIST_MAX};
 use crate::error::Error;
 use crate::guest::{hex, sha256_of};
 use crate::template::{Kind, TemplateInfo, Warm};
@@ -29,12 +31,13 @@ use vmm::{Cpu, Image, VmState};
 
 /// The version of the whole directory. Goes up with every change of meaning in
 /// the manifest, in the state or in what the memory holds.
-pub const FORMAT: u32 = 5;
+pub const FORMAT: u32 = 6;
 
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
 const ROOT: &str = "root";
+const DISK: &str = "disk";
 /// A manifest is about a kilobyte.
 const MANIFEST_MAX: u64 = 64 << 10;
 /// A state is some ten kilobytes for each vCPU.
@@ -70,6 +73,8 @@ pub struct Manifest {
     pub memory_bytes: u64,
     /// SHA-256 of `memory`.
     pub memory_sha256: String,
+    /// SHA-256 of `disk`, if there is one.
+    pub disk_sha256: Option<String>,
 }
 
 /// Read before the rest, and with every other field unknown: a later format may
@@ -91,6 +96,7 @@ pub(crate) struct Opened {
     pub(crate) image: Image,
     pub(crate) state: VmState,
     pub(crate) root: Option<File>,
+    pub(crate) empty_disk: Option<EmptyDisk>,
 }
 
 impl Manifest {
@@ -187,7 +193,23 @@ pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<Opened, Error> {
         }
         Kind::Bare | Kind::Micro => None,
     };
-    Ok(Opened { image, state, root })
+    let empty_disk = match &manifest.disk_sha256 {
+        Some(digest) => {
+            let list = read_bounded(&dir.join(DISK), LIST_MAX)?;
+            if hex(&Sha256::digest(&list)) != *digest {
+                return Err(bad("its empty disk is not what was written"));
+            }
+            let read = EmptyDisk::from_list(&list);
+            Some(read.map_err(|_| bad("its empty disk cannot be read"))?)
+        }
+        None => None,
+    };
+    Ok(Opened {
+        image,
+        state,
+        root,
+        empty_disk,
+    })
 }
 
 /// Writes a template to `dir`.
@@ -208,6 +230,10 @@ pub(crate) fn save(dir: &Path, contents: &Contents<'_>) -> Result<Manifest, Erro
     if let Some(root) = &info.root {
         keep_root(root, &beside.path().join(ROOT))?;
     }
+    let list = info.empty_disk.as_ref().map(EmptyDisk::to_list);
+    if let Some(list) = &list {
+        write(&beside.path().join(DISK), list)?;
+    }
     let manifest = Manifest {
         format: FORMAT,
         written_by: env!("CARGO_PKG_VERSION").into(),
@@ -225,6 +251,7 @@ pub(crate) fn save(dir: &Path, contents: &Contents<'_>) -> Result<Manifest, Erro
         state_sha256: hex(&Sha256::digest(&state_bytes)),
         memory_bytes: image.bytes(),
         memory_sha256,
+        disk_sha256: list.map(|list| hex(&Sha256::digest(&list))),
     };
     let text = serde_json::to_vec_pretty(&manifest).map_err(|e| Error::Template {
         path: dir.to_path_buf(),

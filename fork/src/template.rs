@@ -1,6 +1,7 @@
 //! A template: a frozen parent, from which children are forked.
 
-use crate::child::Child;
+use crate::child::{Born, Child};
+use crate::disk::{Disks, EmptyDisk, LIST_MAX};
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::identity;
@@ -9,8 +10,10 @@ use crate::stages::ForkPath;
 use crate::store::{self, Contents, Manifest};
 use crate::volumes::{VOLUMES_MAX, Volume};
 use crate::worker::write_state;
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
@@ -20,8 +23,8 @@ use vm_run_abi::protocol::Stream;
 use vm_run_abi::{VERSION, identity as page};
 use vmm::payload::micro;
 use vmm::{
-    Birth, Console, Cpu, Disks, Event, EventSink, Host, Image, Isolation, Moment, Payload,
-    Prepared, Vm, VmConfig, VmState, floor,
+    Birth, Console, Cpu, Event, EventSink, Host, Image, Isolation, Moment, Payload, Prepared, Vm,
+    VmConfig, VmState, floor,
 };
 
 /// The trust domain of those who name none.
@@ -130,6 +133,9 @@ pub(crate) struct TemplateInfo {
     pub(crate) warm: Option<Warm>,
     /// The root image of a warm template's container.
     pub(crate) root: Option<File>,
+    /// What lay under the file system that the parent had mounted for its children's
+    /// writable layer.
+    pub(crate) empty_disk: Option<EmptyDisk>,
 }
 
 /// A frozen parent. Immutable, and cheap to share.
@@ -146,7 +152,7 @@ pub struct Template {
 pub(crate) struct Request {
     pub(crate) asked: Moment,
     pub(crate) identity: Identity,
-    pub(crate) disks: Disks,
+    pub(crate) disks: vmm::Disks,
     pub(crate) volumes: Vec<Volume>,
     /// See [`Birth::map_root`].
     pub(crate) map_root: bool,
@@ -156,9 +162,7 @@ pub(crate) struct Request {
 /// What a child in this process is, but for its VM.
 struct Unborn {
     asked: Moment,
-    generation: u64,
-    root: Option<File>,
-    hold: bool,
+    born: Born,
     mailbox: Arc<Mailbox>,
 }
 
@@ -193,7 +197,11 @@ impl Template {
             vcpus: spec.vcpus,
             payload,
         };
-        let (image, state) = boot(&host, &config, spec.timeout)?;
+        let disk = spec.guest.as_ref().and_then(|guest| guest.disk.as_deref());
+        let disk = disk.map(parents_disk).transpose()?;
+        let (image, state) = boot(&host, &config, disk.as_ref(), spec.timeout)?;
+        let empty_disk = disk.as_ref().map(EmptyDisk::of).transpose();
+        let empty_disk = empty_disk.map_err(Error::Process)?;
         let cpu = host.cpu();
         Ok(Self::new(
             TemplateInfo {
@@ -204,6 +212,7 @@ impl Template {
                 domain: spec.domain.clone(),
                 warm: None,
                 root: None,
+                empty_disk,
             },
             image,
             state,
@@ -235,6 +244,7 @@ impl Template {
             domain: parent.domain.clone(),
             warm: Some(warm),
             root,
+            empty_disk: None,
         };
         Self::new(info, image, state)
     }
@@ -259,6 +269,7 @@ impl Template {
                 domain: manifest.domain,
                 warm: manifest.warm,
                 root: opened.root,
+                empty_disk: opened.empty_disk,
             },
             opened.image,
             opened.state,
@@ -319,9 +330,7 @@ impl Template {
         let mailbox = Mailbox::new().map_err(Error::Process)?;
         let rest = Unborn {
             asked: request.asked,
-            generation: request.identity.generation,
-            hold: request.hold,
-            root: self.root_of(&request.disks)?,
+            born: request.born()?,
             mailbox: Arc::clone(&mailbox),
         };
         if !request.volumes.is_empty() {
@@ -343,16 +352,7 @@ impl Template {
     fn child_here(&self, vm: Vm, unborn: Unborn, path: ForkPath) -> Child {
         let mailbox = unborn.mailbox;
         let machine = Machine::Here(Box::new(Local { vm, mailbox }));
-        let info = Arc::clone(&self.info);
-        Child::new(
-            machine,
-            unborn.generation,
-            path,
-            info,
-            unborn.root,
-            unborn.hold,
-            false,
-        )
+        Child::new(machine, Arc::clone(&self.info), path, unborn.born)
     }
 
     /// Checks a request, and draws the child's identity.
@@ -372,19 +372,10 @@ impl Template {
                 "the container in a warm template runs already: it gets no volumes",
             ));
         }
-        let mut disks = spec.disks;
-        if let Some(root) = &self.info.root {
-            if disks.root.is_some() {
-                return Err(Error::Request(
-                    "a warm template has a root image of its own",
-                ));
-            }
-            disks.root = Some(root.try_clone().map_err(Error::Process)?);
-        }
         Ok(Request {
             asked,
             identity: identity::draw(&spec.hostname)?,
-            disks,
+            disks: self.place(spec.disks)?,
             volumes: spec.volumes,
             // Who names a domain shares no page with anyone outside of it.
             map_root: self.info.domain == DEFAULT_DOMAIN,
@@ -392,10 +383,38 @@ impl Template {
         })
     }
 
-    /// For a template of this child, should it be frozen.
-    pub(crate) fn root_of(&self, disks: &Disks) -> Result<Option<File>, Error> {
-        let root = disks.root.as_ref().map(File::try_clone).transpose();
-        root.map_err(Error::Process)
+    /// Which of the machine's disks each file is to be.
+    fn place(&self, disks: Disks) -> Result<vmm::Disks, Error> {
+        let Disks { mut root, writable } = disks;
+        if let Some(own) = &self.info.root {
+            if root.is_some() {
+                return Err(Error::Request(
+                    "a warm template has a root image of its own",
+                ));
+            }
+            root = Some(own.try_clone().map_err(Error::Process)?);
+        }
+        let is_empty = match (&self.info.empty_disk, &writable) {
+            (Some(empty), Some(file)) => empty.is_in(file).map_err(Error::Process)?,
+            _ => false,
+        };
+        let (mounted, writable) = if is_empty {
+            (writable, None)
+        } else {
+            (None, writable)
+        };
+        Ok(vmm::Disks {
+            root,
+            mounted,
+            writable,
+        })
+    }
+
+    /// What a fresh writable layer of a child of this template is best made of: the
+    /// child finds it mounted. A child that gets any other mounts it when its container
+    /// starts. `None` of a guest that came without one, or with a container inside.
+    pub fn empty_disk(&self) -> Option<&EmptyDisk> {
+        self.info.empty_disk.as_ref()
     }
 
     /// What one fork of this template costs in KVM itself: see [`vmm::floor`].
@@ -492,12 +511,51 @@ impl Template {
     }
 }
 
+/// What the parent's file system for writable layers lies on, made of the list at `path`.
+fn parents_disk(path: &Path) -> Result<File, Error> {
+    let list = File::open(path).and_then(|file| {
+        let mut list = Vec::new();
+        file.take(LIST_MAX + 1).read_to_end(&mut list).map(|_| list)
+    });
+    let empty = list
+        .and_then(|list| EmptyDisk::from_list(&list))
+        .map_err(Error::io(path, "read"))?;
+    let file = memfd_create("vm-run-disk", MemfdFlags::CLOEXEC).map(File::from);
+    let file = file.map_err(|e| Error::Process(e.into()))?;
+    empty.write_to(&file).map_err(Error::Process)?;
+    Ok(file)
+}
+
+impl Request {
+    /// What the child of it knows of itself.
+    pub(crate) fn born(&self) -> Result<Born, Error> {
+        let root = self.disks.root.as_ref().map(File::try_clone).transpose();
+        Ok(Born {
+            generation: self.identity.generation,
+            root: root.map_err(Error::Process)?,
+            is_held: self.hold,
+            has_volumes: !self.volumes.is_empty(),
+            has_mounted_disk: self.disks.mounted.is_some(),
+        })
+    }
+}
+
 /// Boots a guest, and freezes it at its fork point.
-fn boot(host: &Host, config: &VmConfig, timeout: Duration) -> Result<(Image, VmState), Error> {
+fn boot(
+    host: &Host,
+    config: &VmConfig,
+    disk: Option<&File>,
+    timeout: Duration,
+) -> Result<(Image, VmState), Error> {
     let (sender, events) = mpsc::channel();
     // The receiver outlives the VM; after that nobody is told anything.
     let sink: EventSink = Arc::new(move |event| drop(sender.send(event)));
-    let vm = Vm::boot(host, config, &sink)?;
+    let mounted = disk.map(File::try_clone).transpose();
+    let disks = vmm::Disks {
+        mounted: mounted.map_err(Error::Process)?,
+        ..vmm::Disks::default()
+    };
+    let vm = Vm::boot(host, config, disks, &sink)?;
     let console = || vm.console_tail(CONSOLE_LINES);
     let version = match events.recv_timeout(timeout) {
         Ok(Event::ForkPoint { version, .. }) => version,

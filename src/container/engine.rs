@@ -398,12 +398,14 @@ fn fill(dir: &Path, spec: &Spec) -> Result<()> {
                 .with_context(|| format!("cannot make {}", link.display()))?;
         }
     }
-    if spec.writable == Layer::Disk {
-        let empty = guest::find(&guest::GuestArgs::default())?.writable;
+    // One of the usual size is made when it is known on which template it begins.
+    if let (Layer::Disk, Some(size)) = (spec.writable, spec.writable_size) {
+        let guest = guest::find(&guest::GuestArgs::default())?.guest;
+        let list = guest.disk.context("the guest has no empty disk")?;
         let path = dir.join(WRITABLE);
         let file = fs::File::create_new(&path)
             .with_context(|| format!("cannot make {}", path.display()))?;
-        disk::write(&empty, &file, spec.writable_size)?;
+        disk::write_smaller(&list, &file, size)?;
         if !spec.auto_remove {
             file.sync_all()
                 .with_context(|| format!("cannot write {}", path.display()))?;

@@ -74,6 +74,8 @@ struct Tables {
     blocks: u64,
     /// Of each group's inode table and bits.
     overhead: u64,
+    /// Of the journal, which is in the first group.
+    journal: u64,
     seed: u32,
 }
 
@@ -97,12 +99,16 @@ impl Tables {
         let groups = blocks.div_ceil(GROUP) as usize;
         let mut descriptors = vec![0; (groups * DESCRIPTOR).next_multiple_of(BLOCK)];
         disk.read_exact_at(&mut descriptors, BLOCK as u64)?;
+        let all = u64::from(u32_at(at::OVERHEAD));
+        let of_tables = groups as u64 * overhead + 1 + (descriptors.len() / BLOCK) as u64;
+        let journal = all.checked_sub(of_tables);
         let mut tables = Self {
             first,
             descriptors,
             bits: Vec::new(),
             blocks,
             overhead,
+            journal: journal.context("the empty disk is not as this program knows it")?,
             seed,
         };
         let mut bits = vec![0; BLOCK];
@@ -118,7 +124,7 @@ impl Tables {
         if last > 0 && blocks > GROUP && last < self.overhead + LEAST_ROOM {
             blocks -= last;
         }
-        let fits = blocks > self.overhead + LEAST_ROOM && blocks <= self.blocks;
+        let fits = blocks > self.overhead + self.journal + LEAST_ROOM && blocks <= self.blocks;
         ensure!(fits, "a disk of {blocks} blocks");
         let groups = blocks.div_ceil(GROUP) as usize;
         let before = self.descriptors.len() / BLOCK;
@@ -178,7 +184,8 @@ impl Tables {
             sb[at::GROUP_INODES + 2],
             sb[at::GROUP_INODES + 3],
         ]);
-        let overhead = groups as u64 * self.overhead + 1 + descriptor_blocks as u64;
+        let tables = groups as u64 * self.overhead + 1 + descriptor_blocks as u64;
+        let overhead = tables + self.journal;
         for (at, value) in [
             (at::INODES, inodes * groups as u32),
             (at::BLOCKS, self.blocks as u32),
@@ -269,8 +276,8 @@ mod tests {
             disk.set_len(10 << 30).expect("sparse");
             // As in xtask/src/guest.rs.
             let options = "-q -F -t ext4 -b 4096 -m 0 \
-                -O ^has_journal,^resize_inode,sparse_super2 -G 1 \
-                -E lazy_itable_init=1,nodiscard,root_owner=0:0,num_backup_sb=0";
+                -O ^resize_inode,sparse_super2 -J size=8,location=0 -G 1 \
+                -E lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0,num_backup_sb=0";
             let options: Vec<&str> = options.split_whitespace().collect();
             run("mke2fs", &options, &path);
             let disk = File::options().read(true).write(true).open(&path);

@@ -4,6 +4,7 @@ use crate::support::{Call, PATIENCE, listing, own_root};
 use rustix::process::Signal;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 #[test]
@@ -78,7 +79,9 @@ fn a_killed_supervisor_takes_its_container_along_and_the_record_says_so() {
         "busybox",
         "sh",
         "-c",
-        "echo > /kept; sync; echo synced; sleep 1000",
+        // Killed when there is much to write.
+        "echo > /kept; sync; echo synced
+        while :; do mkdir /d; cp -r /bin /etc /d; sync; rm -r /d; done",
     ];
     let begun = Call::run_to_keep(root, &args).end();
     assert_eq!(begun.status, 0, "{begun}");
@@ -92,6 +95,7 @@ fn a_killed_supervisor_takes_its_container_along_and_the_record_says_so() {
         rustix::process::kill_process(pid, Signal::KILL).expect("killed");
     }
     wait_for_no_processes(root);
+    check_disk(root);
     let waited = Call::vm_run_in(root, &["wait", "kept"]).end();
     assert_eq!(
         (waited.status, waited.out()),
@@ -111,6 +115,30 @@ fn a_killed_supervisor_takes_its_container_along_and_the_record_says_so() {
     assert_eq!(removed.status, 0, "{removed}");
     wait_for_no_processes(root);
     assert_eq!(containers(root), 0);
+}
+
+/// Looks whether the only container's file system is sound, once its journal is played
+/// back, in a copy of its disk.
+fn check_disk(root: &Path) {
+    let disk = (listing(&root.join("containers")).into_iter())
+        .find(|path| path.ends_with("writable"))
+        .expect("it has a disk");
+    let copy = tempfile::NamedTempFile::new().expect("a file");
+    let copied = Command::new("cp")
+        .arg("--sparse=always")
+        .args([&disk, copy.path()])
+        .status();
+    assert!(copied.expect("cp").success());
+    let checked = Command::new("e2fsck")
+        .args(["-f", "-y"])
+        .arg(copy.path())
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+        .output()
+        .expect("e2fsck");
+    let said = String::from_utf8_lossy(&checked.stdout);
+    assert!(said.contains("recovering journal"), "{said}");
+    // What is wrong, it asks about, and answers itself.
+    assert!(!said.contains('?'), "{said}");
 }
 
 /// How many directories of containers there are.

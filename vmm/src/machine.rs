@@ -10,9 +10,10 @@
 //! | virtio-rng | 0xd0001000 | 5 |
 //! | virtio-vsock | 0xd0002000 | 6 |
 //! | virtio-blk `vda`: the root image, read-only | 0xd0003000 | 7 |
-//! | virtio-blk `vdb`: the writable layer | 0xd0004000 | 8 |
-//! | virtio-pmem: the root image again, mapped (`window.rs`) | 0xd0005000 | 9 |
-//! | virtio-fs `volumes`: what the child's file server serves | 0xd0006000 | 10 |
+//! | virtio-blk `vdb`: a writable layer that is mounted before the freeze | 0xd0004000 | 8 |
+//! | virtio-blk `vdc`: any other writable layer | 0xd0005000 | 9 |
+//! | virtio-pmem: the root image again, mapped (`window.rs`) | 0xd0006000 | 10 |
+//! | virtio-fs `volumes`: what the child's file server serves | 0xd0007000 | 11 |
 //!
 //! The disks' slots, the window and the tag are part of a template; the files behind
 //! them, and the server, are bound at the fork.
@@ -40,9 +41,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_run_abi::{PAGE_SIZE, doorbell};
 
 /// How many virtio-mmio windows the machine has.
-pub(crate) const VIRTIO_DEVICES: u32 = 6;
+pub(crate) const VIRTIO_DEVICES: u32 = 7;
 
-/// How large the two disks claim to be, in sectors of 512 bytes. A driver reads
+/// How large the disks claim to be, in sectors of 512 bytes. A driver reads
 /// the size when it probes, in the parent, long before a file is bound; reads
 /// behind the file's end give zeroes.
 const DISK_SECTORS: u64 = (1 << 40) / 512;
@@ -94,7 +95,10 @@ pub type EventSink = Arc<dyn Fn(Event) + Send + Sync>;
 pub struct Disks {
     /// The root image; many VMs may share it.
     pub root: Option<File>,
-    /// The writable layer; no other VM may have it.
+    /// The writable layer that the guest had mounted when it was frozen, as it was then;
+    /// no other VM may have it.
+    pub mounted: Option<File>,
+    /// Any other writable layer; no other VM may have it.
     pub writable: Option<File>,
 }
 
@@ -105,6 +109,7 @@ pub(crate) struct Devices {
     pub(crate) rng: Arc<Mutex<MmioTransport<Rng>>>,
     pub(crate) vsock: Arc<Mutex<MmioTransport<Vsock>>>,
     pub(crate) root: Arc<Mutex<MmioTransport<Block>>>,
+    pub(crate) mounted: Arc<Mutex<MmioTransport<Block>>>,
     pub(crate) writable: Arc<Mutex<MmioTransport<Block>>>,
     pub(crate) pmem: Arc<Mutex<MmioTransport<Pmem>>>,
     pub(crate) volumes: Arc<Mutex<MmioTransport<Fs>>>,
@@ -124,6 +129,7 @@ pub(crate) struct DevicesState {
     rng: Virtio<RngState>,
     vsock: Virtio<VsockState>,
     root: Virtio<BlockState>,
+    mounted: Virtio<BlockState>,
     writable: Virtio<BlockState>,
     pmem: Virtio<PmemState>,
     volumes: Virtio<FsState>,
@@ -145,6 +151,7 @@ impl DevicesState {
             rng: Virtio::default(),
             vsock: Virtio::default(),
             root: disk("root", true),
+            mounted: disk("mounted", false),
             writable: disk("writable", false),
             pmem: Virtio {
                 transport: TransportState::default(),
@@ -176,6 +183,7 @@ impl Devices {
         let serial = Serial::restore(irq(SERIAL_IRQ), console.clone(), &s.serial)
             .map_err(refused("the serial port"))?;
         let root = Block::restore(&s.root.device).map_err(refused("the root disk"))?;
+        let mounted = Block::restore(&s.mounted.device).map_err(refused("the mounted disk"))?;
         let writable = Block::restore(&s.writable.device).map_err(refused("the writable disk"))?;
         let vsock = Vsock::restore(&s.vsock.device).map_err(refused("vsock"))?;
         let rng = Rng::restore(&s.rng.device);
@@ -186,9 +194,10 @@ impl Devices {
             rng: attach(rng, memory, irq(VIRTIO_IRQ), &s.rng.transport)?,
             vsock: attach(vsock, memory, irq(VIRTIO_IRQ + 1), &s.vsock.transport)?,
             root: attach(root, memory, irq(VIRTIO_IRQ + 2), &s.root.transport)?,
-            writable: attach(writable, memory, irq(VIRTIO_IRQ + 3), &s.writable.transport)?,
-            pmem: attach(pmem, memory, irq(VIRTIO_IRQ + 4), &s.pmem.transport)?,
-            volumes: attach(volumes, memory, irq(VIRTIO_IRQ + 5), &s.volumes.transport)?,
+            mounted: attach(mounted, memory, irq(VIRTIO_IRQ + 3), &s.mounted.transport)?,
+            writable: attach(writable, memory, irq(VIRTIO_IRQ + 4), &s.writable.transport)?,
+            pmem: attach(pmem, memory, irq(VIRTIO_IRQ + 5), &s.pmem.transport)?,
+            volumes: attach(volumes, memory, irq(VIRTIO_IRQ + 6), &s.volumes.transport)?,
         })
     }
 
@@ -202,6 +211,7 @@ impl Devices {
         }
         for (device, file, name) in [
             (&self.root, disks.root, "the root disk"),
+            (&self.mounted, disks.mounted, "the mounted disk"),
             (&self.writable, disks.writable, "the writable disk"),
         ] {
             if let Some(file) = file {
@@ -222,6 +232,7 @@ impl Devices {
             rng: save(&self.rng),
             vsock: save(&self.vsock),
             root: save(&self.root),
+            mounted: save(&self.mounted),
             writable: save(&self.writable),
             pmem: save(&self.pmem),
             volumes: save(&self.volumes),
@@ -235,6 +246,7 @@ impl Devices {
             lock(&self.rng).kick(),
             lock(&self.vsock).kick(),
             lock(&self.root).kick(),
+            lock(&self.mounted).kick(),
             lock(&self.writable).kick(),
             lock(&self.pmem).kick(),
             self.kick_volumes(),
@@ -255,6 +267,7 @@ impl Devices {
             self.rng.clone(),
             self.vsock.clone(),
             self.root.clone(),
+            self.mounted.clone(),
             self.writable.clone(),
             self.pmem.clone(),
             self.volumes.clone(),
@@ -267,6 +280,7 @@ impl Devices {
             self.rng.clone(),
             self.vsock.clone(),
             self.root.clone(),
+            self.mounted.clone(),
             self.writable.clone(),
             self.pmem.clone(),
             self.volumes.clone(),

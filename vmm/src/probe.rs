@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::host::Host;
-use crate::machine::{Event, EventSink};
+use crate::machine::{Disks, Event, EventSink};
 use crate::payload::{Payload, micro};
 use crate::vm::{Vm, VmConfig};
 use std::sync::{Arc, mpsc};
@@ -32,7 +32,7 @@ impl Host {
             vcpus: 1,
             payload: Payload::Micro(&micro::SYSCALL_PROBE),
         };
-        let vm = Vm::boot(self, &config, &sink)?;
+        let vm = Vm::boot(self, &config, Disks::default(), &sink)?;
         let isolation = match events.recv_timeout(Duration::from_secs(10)) {
             Ok(Event::Answer { value: 0, .. }) => Ok(Isolation::Hardware),
             Ok(Event::Answer { .. }) => Ok(Isolation::SyscallStaysInUserMode),

@@ -5,7 +5,7 @@ use crate::host::Host;
 use crate::io::Io;
 use crate::kvm::{KvmVm, KvmVmState};
 use crate::layout::{CMDLINE_MAX, RamRange, VCPUS_MAX};
-use crate::machine::{Devices, DevicesState, EventSink, VIRTIO_DEVICES, lock};
+use crate::machine::{Devices, DevicesState, Disks, EventSink, VIRTIO_DEVICES, lock};
 use crate::memory::{Image, Ram};
 use crate::moment::Moment;
 use crate::payload::{Payload, linux, micro};
@@ -118,11 +118,16 @@ impl Vm {
         }
     }
 
-    /// Makes a machine and starts it.
+    /// Makes a machine with these disks and starts it.
     ///
     /// # Errors
     /// A configuration that cannot be, a kernel that is none, or what KVM says.
-    pub fn boot(host: &Host, config: &VmConfig, events: &EventSink) -> Result<Self, Error> {
+    pub fn boot(
+        host: &Host,
+        config: &VmConfig,
+        disks: Disks,
+        events: &EventSink,
+    ) -> Result<Self, Error> {
         check_config(config)?;
         let asked = Moment::now();
         let permit = host.permit()?;
@@ -135,6 +140,7 @@ impl Vm {
         let console = Console::new();
         let state = DevicesState::new(kvm.window.place());
         let devices = Devices::restore(&state, &kvm, &console)?;
+        devices.bind(disks, None)?;
         let vcpus = (0..config.vcpus)
             .map(Vcpu::spawn)
             .collect::<Result<Vec<_>, _>>()?;

@@ -76,7 +76,7 @@ fn parent(host: &Host) -> (Image, Arc<VmState>) {
         vcpus: 1,
         payload: Payload::Micro(&LOOK),
     };
-    let vm = Vm::boot(host, &config, &sink).expect("boots");
+    let vm = Vm::boot(host, &config, Disks::default(), &sink).expect("boots");
     let event = next(&events);
     assert!(matches!(event, Event::ForkPoint { .. }), "{event:?}");
     vm.pause().expect("stops");
@@ -102,6 +102,7 @@ fn a_child_finds_its_image_in_the_window_and_changes_nothing() {
             volumes: None,
             disks: Disks {
                 root: root.map(|file| file.try_clone().expect("a descriptor")),
+                mounted: None,
                 writable: None,
             },
             map_root,

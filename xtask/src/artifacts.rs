@@ -20,6 +20,14 @@ pub struct Executable {
 pub fn cargo(args: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(host::root()).args(args);
+    // What the cargo that runs us says of our own package: some build scripts are run
+    // again when it changes, and cargo called by hand says nothing.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(name);
+        }
+    }
     command
 }
 

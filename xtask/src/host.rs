@@ -49,7 +49,7 @@ pub fn run(command: &mut Command) -> Result<()> {
         .status()
         .with_context(|| format!("cannot start {:?}", command.get_program()))?;
     if !status.success() {
-        bail!("{command:?}: {status}");
+        bail!("{}: {status}", name(command));
     }
     Ok(())
 }
@@ -61,9 +61,16 @@ pub fn output(command: &mut Command) -> Result<String> {
         .output()
         .with_context(|| format!("cannot start {:?}", command.get_program()))?;
     if !out.status.success() {
-        bail!("{command:?}: {}", out.status);
+        bail!("{}: {}", name(command), out.status);
     }
-    String::from_utf8(out.stdout).with_context(|| format!("{command:?} printed no UTF-8"))
+    String::from_utf8(out.stdout).with_context(|| format!("{} printed no UTF-8", name(command)))
+}
+
+/// Its program and arguments, and not what it has in its environment.
+fn name(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+    words.join(" ")
 }
 
 /// Installs the Debian packages that are not there yet; quiet when none is missing.

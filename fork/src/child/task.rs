@@ -15,7 +15,7 @@ impl Child {
     /// A child that has a container, or file systems that cannot be mounted.
     pub fn open(&mut self, mut container: ContainerSpec) -> Result<Process, Error> {
         self.expect_fresh(Kind::Bare, "has a container inside, which is open already")?;
-        container.mapped_root = self.machine.root_image().is_some();
+        self.complete(&mut container);
         let request = Request::OpenContainer { container };
         let result = self.begin(CONTAINER, &[], &request, 2);
         self.settle(result, Phase::Started)

@@ -33,6 +33,7 @@ pub(crate) enum ToWorker {
         /// What the identity page is to hold.
         identity: Vec<u8>,
         has_root: bool,
+        has_mounted: bool,
         has_writable: bool,
         has_volumes: bool,
         map_root: bool,

@@ -84,7 +84,9 @@ impl Remote {
     /// Asks it to run the child, whose volumes `server` serves.
     pub(crate) fn start(&self, request: &Request, server: Option<&OwnedFd>) -> Result<(), Error> {
         let disks = &request.disks;
-        let files = [&disks.root, &disks.writable].into_iter().flatten();
+        let files = [&disks.root, &disks.mounted, &disks.writable]
+            .into_iter()
+            .flatten();
         let descriptors: Vec<BorrowedFd<'_>> = files
             .map(AsFd::as_fd)
             .chain(server.map(AsFd::as_fd))
@@ -93,6 +95,7 @@ impl Remote {
             asked: request.asked,
             identity: request.identity.to_bytes().to_vec(),
             has_root: disks.root.is_some(),
+            has_mounted: disks.mounted.is_some(),
             has_writable: disks.writable.is_some(),
             has_volumes: server.is_some(),
             map_root: request.map_root,

@@ -68,6 +68,7 @@ impl Worker {
                 asked,
                 identity,
                 has_root,
+                has_mounted,
                 has_writable,
                 has_volumes,
                 map_root,
@@ -78,6 +79,7 @@ impl Worker {
                 };
                 let disks = Disks {
                     root: has_root.then(|| with.next()).flatten(),
+                    mounted: has_mounted.then(|| with.next()).flatten(),
                     writable: has_writable.then(|| with.next()).flatten(),
                 };
                 let mut birth = self.birth(&prepared, &identity, disks, map_root, hold);

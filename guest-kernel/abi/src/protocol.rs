@@ -232,6 +232,9 @@ pub struct ContainerSpec {
     /// Whether the root image lies in the root window, to be mapped; it is on the first
     /// disk in any case. Said by the fork, not by whoever starts a container.
     pub mapped_root: bool,
+    /// Whether the disk of the writable layer is the empty one that was mounted before
+    /// the fork point, and not another. Said by the fork.
+    pub mounted_disk: bool,
     /// What lies over the read-only image.
     pub writable: Writable,
     /// Whether the container will say when it is warm: it finds the socket and the
@@ -267,7 +270,7 @@ pub struct Mount {
 /// The writable layer of a container.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Writable {
-    /// The second disk, which holds an ext4.
+    /// A disk, which holds an ext4.
     Disk,
     /// Guest memory, at most so many bytes.
     Memory {

@@ -67,8 +67,8 @@ pub struct Container {
     is_kept: bool,
     /// The first process by its pidfd, the way into its namespaces.
     entrance: Option<OwnedFd>,
-    /// What keeps its file systems to the end of the guest.
-    mounts: Option<OwnedFd>,
+    /// What keeps its namespaces and file systems to the end of the guest.
+    held: Vec<OwnedFd>,
     /// What its root is put together of.
     layers: Option<Layers>,
 }
@@ -83,7 +83,7 @@ impl Container {
             used: BTreeSet::new(),
             is_kept: false,
             entrance: None,
-            mounts: None,
+            held: Vec::new(),
             layers: None,
         }
     }
@@ -146,7 +146,7 @@ impl Container {
                 let pipes = std::mem::take(&mut spawned.pipes);
                 if id == CONTAINER {
                     self.entrance = spawned.pidfd.take();
-                    self.mounts = spawned.mounts.take();
+                    self.held = std::mem::take(&mut spawned.held);
                 }
                 self.processes.insert(id, Process::new(id, spawned));
                 Ok(Start::Begun(pipes))

@@ -12,7 +12,7 @@ use crate::mounts::{
 };
 use crate::names::Names;
 use rustix::fd::OwnedFd;
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags};
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -23,10 +23,6 @@ use vm_run_abi::options::ContainerOptions;
 #[derive(Debug)]
 pub struct System {
     names: Names,
-    /// A copy of all, to be held by the agent: the end of a container takes its mounts
-    /// away, and the last mount of a file system takes that apart, when the guest is
-    /// about to end anyway.
-    pub copy: OwnedFd,
     /// Each with the place where it goes.
     directories: [(&'static str, OwnedFd); 3],
     files: [(&'static str, OwnedFd); 3],
@@ -63,7 +59,6 @@ impl System {
         protect_system()?;
         let system = Self {
             names,
-            copy: take("")?,
             directories: [
                 ("/proc", take("/proc")?),
                 ("/dev", take("/dev")?),
@@ -111,6 +106,21 @@ fn put(tree: &OwnedFd, target: &str, flags: MoveMountFlags) -> Result<(), String
     let flags = flags | MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     rustix::mount::move_mount(tree, "", CWD, target, flags)
         .map_err(|e| format!("cannot mount {target}: {e}"))
+}
+
+/// This process's namespaces, to be held by the agent: the end of a container would take
+/// them apart, with all of its mounts and their file systems, when the guest is about to
+/// end anyway.
+pub fn namespaces() -> Result<Vec<OwnedFd>, String> {
+    let open = |name| {
+        let path = format!("/proc/self/ns/{name}");
+        rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| format!("cannot open {path}: {e}"))
+    };
+    ["mnt", "ipc", "pid", "cgroup"]
+        .into_iter()
+        .map(open)
+        .collect()
 }
 
 /// Makes the mount at `root` the root, and drops the old one with all of its

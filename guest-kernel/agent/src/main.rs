@@ -26,9 +26,11 @@ use vm_run_agent::{check, init, mounts, sys};
 const LIMITS: [(Resource, Option<u64>); 2] =
     [(Resource::Nofile, Some(1 << 20)), (Resource::Nproc, None)];
 
-/// The container's disks: its image, and what it writes.
+/// The container's disks: its image, and what it writes, mounted before the fork point
+/// or not.
 const IMAGE: &str = "/dev/vda";
-const WRITABLE: &str = "/dev/vdb";
+const MOUNTED: &str = "/dev/vdb";
+const WRITABLE: &str = "/dev/vdc";
 
 /// The way to the monitor's user, once there is one.
 static DOORBELL: OnceLock<Doorbell> = OnceLock::new();
@@ -138,7 +140,7 @@ fn check_machine(has_devtmpfs: bool) -> Result<(), String> {
     if let Some(why) = check::complaint(&check::missing_options(&missing)) {
         return Err(why);
     }
-    match check::missing_disks(&[IMAGE, WRITABLE]) {
+    match check::missing_disks(&[IMAGE, MOUNTED, WRITABLE]) {
         Some(why) => Err(why),
         None => Ok(()),
     }
@@ -155,6 +157,7 @@ fn prepare_server() -> Result<Server, String> {
                 say(&why);
                 None
             }),
+            mounted: MOUNTED.to_owned(),
             writable: WRITABLE.to_owned(),
             volumes: Source {
                 kind: "virtiofs".to_owned(),

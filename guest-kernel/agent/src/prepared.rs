@@ -59,8 +59,8 @@ impl Prepared {
         };
         drop((reporter, told, stdio));
         let lost = |why: &str| Failure::other(format!("a container's process is lost: {why}"));
-        let mounts = match report::await_report(reports.as_fd()) {
-            Ok(Report::Prepared(mounts)) => mounts,
+        let held = match report::await_report(reports.as_fd()) {
+            Ok(Report::Prepared(held)) => held,
             Ok(Report::Failed(failure)) => return Err(failure),
             Ok(_) => return Err(lost("it has ended")),
             Err(e) => return Err(lost(&e.to_string())),
@@ -70,7 +70,7 @@ impl Prepared {
             pidfd: Some(pidfd),
             reports,
             pipes,
-            mounts: Some(mounts),
+            held,
         };
         Ok(Self { process, orders })
     }
@@ -113,9 +113,10 @@ fn live(
     sys::new_cgroup_namespace().map_err(|e| step("make a cgroup namespace", &e))?;
     jail::make_mounts_private()?;
     rootfs::make_mount_points()?;
+    let empty = rootfs::mount_empty(&resources.disks)?;
     let system = System::prepare()?;
     settle().map_err(|e| step("lock memory", &e))?;
-    let sent = reporter.prepared(&system.copy);
+    let sent = reporter.prepared(&jail::namespaces()?, empty.as_ref());
     sent.map_err(|e| step("report", &e))?;
 
     // The fork point is here.
@@ -127,7 +128,7 @@ fn live(
     };
     let (container, process) = order;
     let hostname = spawn::hostname();
-    let root = rootfs::mount_root(&resources.disks, &container)?;
+    let root = rootfs::mount_root(&resources.disks, &container, empty.as_ref())?;
     let sent = reporter.layers(&Layers::open()?);
     sent.map_err(|e| step("report", &e))?;
     let mut volumes = volumes::take(

@@ -3,7 +3,7 @@
 
 use crate::exec::Failure;
 use crate::names::Names;
-use crate::rootfs::Layers;
+use crate::rootfs::{Empty, Layers};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{OFlags, fcntl_setfl};
@@ -21,8 +21,8 @@ use vm_run_abi::protocol::StartFailure;
 #[derive(Debug)]
 pub enum Report {
     /// The container's first process waits for its program; see [`crate::prepared`].
-    /// A copy of its mounts.
-    Prepared(OwnedFd),
+    /// Its namespaces, and the empty layer if there is one.
+    Prepared(Vec<OwnedFd>),
     /// The terminal: master and slave side.
     Terminal(OwnedFd, OwnedFd),
     /// The warm socket, which listens, and the files with the hostname.
@@ -50,7 +50,7 @@ const FAILED: u8 = b'F';
 const REPORT_MAX: usize = 8 << 10;
 
 /// How many descriptors a report can carry.
-const DESCRIPTORS_MAX: usize = 3;
+const DESCRIPTORS_MAX: usize = 5;
 
 /// The new process's side.
 #[derive(Debug)]
@@ -66,8 +66,10 @@ pub fn channel() -> Result<(OwnedFd, Reporter), Errno> {
 
 impl Reporter {
     /// [`Report::Prepared`]
-    pub fn prepared(&self, mounts: &OwnedFd) -> Result<(), Errno> {
-        self.send(PREPARED, &[], &[mounts.as_fd()])
+    pub fn prepared(&self, namespaces: &[OwnedFd], empty: Option<&Empty>) -> Result<(), Errno> {
+        let all = namespaces.iter().chain(empty.map(|e| &e.0));
+        let all: Vec<_> = all.map(AsFd::as_fd).collect();
+        self.send(PREPARED, &[], &all)
     }
 
     /// [`Report::Terminal`]
@@ -152,25 +154,31 @@ pub fn next_report(reports: BorrowedFd<'_>) -> io::Result<Option<Report>> {
         Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
         Err(e) => return Err(e.into()),
     };
-    let mut descriptors = control.drain().flat_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect::<Vec<_>>(),
-        _ => Vec::new(),
+    let messages = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+        _ => None,
     });
-    let descriptors = [descriptors.next(), descriptors.next(), descriptors.next()];
-    Ok(Some(match (bytes[..len].split_first(), descriptors) {
-        (None, _) => Report::End,
-        (Some((&PREPARED, [])), [Some(mounts), None, None]) => Report::Prepared(mounts),
-        (Some((&TERMINAL, [])), [Some(master), Some(slave), None]) => {
+    let descriptors: Vec<OwnedFd> = messages.flatten().collect();
+    let malformed = || io::Error::from(io::ErrorKind::InvalidData);
+    let Some((kind, body)) = bytes[..len].split_first() else {
+        return Ok(Some(Report::End));
+    };
+    Ok(Some(match (*kind, body) {
+        (PREPARED, []) => Report::Prepared(descriptors),
+        (TERMINAL, []) => {
+            let [master, slave] = descriptors.try_into().map_err(|_| malformed())?;
             Report::Terminal(master, slave)
         }
-        (Some((&WARM, [])), [Some(listener), Some(hostname), Some(hosts)]) => {
+        (WARM, []) => {
+            let [listener, hostname, hosts] = descriptors.try_into().map_err(|_| malformed())?;
             Report::Warm(listener, Names { hostname, hosts })
         }
-        (Some((&LAYERS, [])), [Some(upper), Some(image), None]) => {
+        (LAYERS, []) => {
+            let [upper, image] = descriptors.try_into().map_err(|_| malformed())?;
             Report::Layers(Layers { upper, image })
         }
-        (Some((&READY, [])), _) => Report::Ready,
-        (Some((&FAILED, [reason, message @ ..])), _) => Report::Failed(Failure {
+        (READY, []) => Report::Ready,
+        (FAILED, [reason, message @ ..]) => Report::Failed(Failure {
             reason: match reason {
                 0 => StartFailure::NotFound,
                 1 => StartFailure::NotExecutable,
@@ -178,6 +186,6 @@ pub fn next_report(reports: BorrowedFd<'_>) -> io::Result<Option<Report>> {
             },
             message: String::from_utf8_lossy(message).into_owned(),
         }),
-        _ => return Err(io::ErrorKind::InvalidData.into()),
+        _ => return Err(malformed()),
     }))
 }

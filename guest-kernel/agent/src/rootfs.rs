@@ -1,5 +1,9 @@
 //! The container's root file system: the read-only image, mapped from the root
 //! window or read from the first disk, and the writable layer over it.
+//!
+//! An empty layer is mounted before the fork point: what a mount costs, a template pays
+//! once. A child's disk goes on where that one was at the freeze, if the host has put it
+//! there; any other layer is mounted over it.
 
 use crate::mounts::{self, make_directory_with, mount};
 use crate::volumes;
@@ -8,7 +12,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use std::ffi::CString;
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::time::Duration;
 use vm_run_abi::protocol::{ContainerSpec, Writable};
@@ -21,7 +26,10 @@ pub struct Disks {
     /// The same image once more, if it has been put there, in memory that can be
     /// mapped: see [`find_window`].
     pub window: Option<String>,
-    /// For [`Writable::Disk`]: an ext4.
+    /// For [`Writable::Disk`]: an empty ext4, if the host has one for its templates; see
+    /// [`mount_empty`].
+    pub mounted: String,
+    /// Any other disk for [`Writable::Disk`]: an ext4.
     pub writable: String,
     /// The host's volumes.
     pub volumes: volumes::Source,
@@ -121,6 +129,13 @@ fn upper(layer: &str) -> String {
     format!("{layer}/upper")
 }
 
+fn work(layer: &str) -> String {
+    format!("{layer}/work")
+}
+
+/// Of the upper directory: that of most images' root.
+const UPPER_MODE: u32 = 0o755;
+
 /// Makes the directories that [`mount_root`] mounts on.
 pub fn make_mount_points() -> Result<(), String> {
     let paths = paths();
@@ -137,11 +152,21 @@ pub fn make_mount_points() -> Result<(), String> {
 ///
 /// No disk is looked at before it is mounted: whatever a child reads twice is copied
 /// twice.
-pub fn mount_root(disks: &Disks, container: &ContainerSpec) -> Result<String, String> {
+pub fn mount_root(
+    disks: &Disks,
+    container: &ContainerSpec,
+    empty: Option<&Empty>,
+) -> Result<String, String> {
     let paths = paths();
     mount_image(disks, container.mapped_root, &paths.image)?;
-    mount_layer(disks, &container.writable, &paths.layer)?;
-    mount_overlay(&paths)?;
+    match (&container.writable, container.mounted_disk, empty) {
+        (Writable::Disk, true, Some(_)) => {}
+        (Writable::Disk, true, None) => {
+            return Err("the host takes a disk for mounted that is not".to_owned());
+        }
+        (writable, ..) => mount_layer(disks, writable, &paths.layer)?,
+    }
+    mount_overlay(&paths, container.mounted_disk)?;
     Ok(paths.root)
 }
 
@@ -172,16 +197,7 @@ fn mount_layer(disks: &Disks, writable: &Writable, target: &str) -> Result<(), S
     let limit = match writable {
         Writable::Memory { limit } => *limit,
         Writable::Nothing => MOUNT_POINTS_LIMIT,
-        Writable::Disk => {
-            // A layer may live for a second: no thread zeroes its inode tables, or
-            // reads the bitmaps of all its block groups ahead; and none of the tables
-            // around an inode is read with it, or kept for attributes that are equal.
-            let options =
-                c"noinit_itable,no_prefetch_block_bitmaps,inode_readahead_blks=0,nombcache";
-            let disk = &disks.writable;
-            return mount(disk, target, "ext4", MountFlags::NOATIME, options)
-                .map_err(|why| format!("the writable disk holds no ext4: {why}"));
-        }
+        Writable::Disk => return mount_disk(&disks.writable, target),
     };
     // tmpfs takes a size of zero for "no limit".
     let options =
@@ -189,10 +205,57 @@ fn mount_layer(disks: &Disks, writable: &Writable, target: &str) -> Result<(), S
     mount("tmpfs", target, "tmpfs", MountFlags::NOATIME, &options)
 }
 
-fn mount_overlay(paths: &Paths) -> Result<(), String> {
+fn mount_disk(disk: &str, target: &str) -> Result<(), String> {
+    // A layer may live for a second: no thread zeroes its inode tables, or reads the
+    // bitmaps of all its block groups ahead; and none of the tables around an inode is
+    // read with it, or kept for attributes that are equal.
+    let options = c"noinit_itable,no_prefetch_block_bitmaps,inode_readahead_blks=0,nombcache";
+    mount(disk, target, "ext4", MountFlags::NOATIME, options)
+        .map_err(|why| format!("the writable disk holds no ext4: {why}"))
+}
+
+/// The empty layer, which is mounted. Held, it stays so to the end of the guest: what
+/// goes with the last mount of a file system is written to its disk, and the disk of a
+/// child with another layer is none.
+#[derive(Debug)]
+pub struct Empty(pub OwnedFd);
+
+/// Mounts the empty layer, if there is one, and makes the directories in it that
+/// overlayfs works with. Before the fork point, in the mount namespace of the container;
+/// the mount points are there.
+pub fn mount_empty(disks: &Disks) -> Result<Option<Empty>, String> {
+    if !holds_ext4(&disks.mounted)? {
+        return Ok(None);
+    }
+    let paths = paths();
+    let layer = &paths.layer;
+    mount_disk(&disks.mounted, layer)?;
+    make_directory_with(&upper(layer), UPPER_MODE)?;
+    make_directory_with(&work(layer), 0o755)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let failed = |e: Errno| format!("cannot settle the empty disk: {e}");
+    let held = rustix::fs::open(layer, flags, Mode::empty()).map_err(failed)?;
+    // Nothing is to be left that every child would write.
+    rustix::fs::syncfs(&held).map_err(failed)?;
+    Ok(Some(Empty(held)))
+}
+
+/// Whether a disk has what an ext4 begins with: in its superblock at 1024, the number at
+/// 0x38 (Linux Documentation/filesystems/ext4/super.rst).
+fn holds_ext4(disk: &str) -> Result<bool, String> {
+    const MAGIC_AT: u64 = 1024 + 0x38;
+    const MAGIC: [u8; 2] = 0xef53_u16.to_le_bytes();
+    let mut found = [0; 2];
+    File::open(disk)
+        .and_then(|file| file.read_exact_at(&mut found, MAGIC_AT))
+        .map_err(|e| format!("cannot read {disk}: {e}"))?;
+    Ok(found == MAGIC)
+}
+
+fn mount_overlay(paths: &Paths, is_empty: bool) -> Result<(), String> {
     let Paths { image, layer, root } = paths;
-    let (upper, work) = (upper(layer), format!("{layer}/work"));
-    make_upper(image, &upper)?;
+    let (upper, work) = (upper(layer), work(layer));
+    make_upper(image, &upper, is_empty)?;
     make_directory_with(&work, 0o755)?;
     let options = CString::new(format!("lowerdir={image},upperdir={upper},workdir={work}"))
         .map_err(|e| e.to_string())?;
@@ -200,15 +263,23 @@ fn mount_overlay(paths: &Paths) -> Result<(), String> {
 }
 
 /// Makes the upper directory with owner and mode of the image's root, because
-/// the root of an overlay shows those of its upper directory.
-fn make_upper(image: &str, upper: &str) -> Result<(), String> {
+/// the root of an overlay shows those of its upper directory. One that is there has
+/// what the container gave it, unless the layer is the empty one.
+fn make_upper(image: &str, upper: &str, is_empty: bool) -> Result<(), String> {
     match rustix::fs::mkdir(upper, Mode::RWXU) {
         Ok(()) => {}
+        Err(Errno::EXIST) if is_empty => {}
         Err(Errno::EXIST) => return Ok(()),
         Err(e) => return Err(format!("cannot make {upper}: {e}")),
     }
     let failed = |e: std::io::Error| format!("cannot copy the mode of {image} to {upper}: {e}");
     let like = std::fs::metadata(image).map_err(failed)?;
-    std::os::unix::fs::chown(upper, Some(like.uid()), Some(like.gid())).map_err(failed)?;
+    let now = std::fs::metadata(upper).map_err(failed)?;
+    if (like.uid(), like.gid()) != (now.uid(), now.gid()) {
+        std::os::unix::fs::chown(upper, Some(like.uid()), Some(like.gid())).map_err(failed)?;
+    }
+    if like.permissions() == now.permissions() {
+        return Ok(());
+    }
     std::fs::set_permissions(upper, like.permissions()).map_err(failed)
 }

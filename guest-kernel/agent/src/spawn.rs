@@ -59,8 +59,9 @@ pub struct Spawned {
     pub reports: OwnedFd,
     /// The agent's ends of its pipes, which do not block.
     pub pipes: Vec<(Stream, OwnedFd)>,
-    /// Of the container's first process: [`crate::jail::System::copy`].
-    pub mounts: Option<OwnedFd>,
+    /// Of the container's first process, to be held to the end of the guest:
+    /// [`crate::jail::namespaces`] and [`crate::rootfs::Empty`].
+    pub held: Vec<OwnedFd>,
 }
 
 /// Why there is no new process.
@@ -170,7 +171,7 @@ fn spawn_beside(
         pidfd: Some(pidfd),
         reports,
         pipes,
-        mounts: None,
+        held: Vec::new(),
     })
 }
 

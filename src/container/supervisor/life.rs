@@ -251,6 +251,27 @@ impl Mother {
         mounts.map(|mount| mount.open(&self.root)).collect()
     }
 
+    /// Makes its writable layer, if it has none yet: the empty disk that this template
+    /// has mounted. It is there whole or not at all; we hold the container's lock.
+    fn ensure_writable(&self) -> Result<()> {
+        let path = self.directory.path(WRITABLE);
+        if path.exists() {
+            return Ok(());
+        }
+        let empty = self.template().empty_disk();
+        let empty = empty.context("the template has no empty disk: remove and rebuild it")?;
+        let unfinished = path.with_extension("new");
+        let write = || {
+            let file = File::create(&unfinished)?;
+            empty.write_to(&file)?;
+            if !self.spec.auto_remove {
+                file.sync_all()?;
+            }
+            std::fs::rename(&unfinished, &path)
+        };
+        write().with_context(|| format!("cannot make {}", path.display()))
+    }
+
     fn disks(&self) -> Result<Disks> {
         let open = |name: &str, write: bool| {
             let path = self.directory.path(name);
@@ -266,7 +287,10 @@ impl Mother {
                 None => None,
             },
             writable: match self.spec.writable {
-                Layer::Disk => Some(open(WRITABLE, true)?),
+                Layer::Disk => {
+                    self.ensure_writable()?;
+                    Some(open(WRITABLE, true)?)
+                }
                 Layer::Memory(_) | Layer::Nothing | Layer::Inside => None,
             },
         })

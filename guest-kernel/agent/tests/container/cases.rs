@@ -35,6 +35,7 @@ pub const ALL: &[Case] = cases![
     a_first_process_that_is_gone_is_a_failed_start,
     a_long_command_arrives_whole,
     writable_layers_keep_their_promises,
+    an_empty_layer_is_mounted_before_it_is_wanted,
     an_ext4_image_works_too,
     the_end_of_the_first_process_is_the_end_of_all,
     input_that_nobody_reads_is_dropped,
@@ -452,6 +453,46 @@ fn writable_layers_keep_their_promises(images: &Images) {
         message.starts_with("the writable disk holds no ext4: "),
         "{message}"
     );
+}
+
+fn an_empty_layer_is_mounted_before_it_is_wanted(images: &Images) {
+    let disk = images.writable();
+    let with = |agent: &mut Agent, mounted_disk, writable, script| {
+        let (mut container, process) = shell(script);
+        container.writable = writable;
+        container.mounted_disk = mounted_disk;
+        container.kept = true;
+        outcome(agent, (container, process))
+    };
+    // Another layer hides it, and does not touch it.
+    for writable in [Writable::Memory { limit: 1 << 20 }, Writable::Nothing] {
+        let mut agent = Agent::start_with_mounted(images, &disk.0);
+        let script = "touch /file; test -e /file && echo there";
+        let hidden = with(&mut agent, false, writable.clone(), script);
+        let expected = if writable == Writable::Nothing {
+            ""
+        } else {
+            "there\n"
+        };
+        assert_eq!(hidden.stdout, expected, "{hidden:?}");
+    }
+    let mut agent = Agent::start_with_mounted(images, &disk.0);
+    let script = "ls /file; stat -c '%u:%g %a' /; echo kept >/file; chmod 700 /";
+    let first = with(&mut agent, true, Writable::Disk, script);
+    assert_eq!(first.stdout, "0:0 755\n", "{first:?}");
+    drop(agent);
+    // Used, it is a disk like any other.
+    let mut agent = Agent::start_with(images, &images.busybox, &disk.0);
+    let script = "cat /file; stat -c %a /";
+    let second = with(&mut agent, false, Writable::Disk, script);
+    assert_eq!(second.stdout, "kept\n700\n", "{second:?}");
+
+    let mut agent = Agent::start(images);
+    let failed = with(&mut agent, true, Writable::Disk, "true");
+    let Event::StartFailed { message, .. } = &failed.events[0] else {
+        panic!("{failed:?}");
+    };
+    assert_eq!(message, "the host takes a disk for mounted that is not");
 }
 
 fn an_ext4_image_works_too(images: &Images) {

@@ -28,13 +28,16 @@ use vm_run_agent::spawn::Resources;
 use vm_run_agent::volumes::Source;
 use vm_run_agent::{mounts, sys};
 
+/// A disk of which every byte is zero.
+const NO_DISK: &str = "/dev/zero";
+
 /// No test waits longer for anything.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The agent, as the test starts it: `serve SOCKET IMAGE WRITABLE CGROUP VOLUMES`, PID 1
-/// of a PID namespace, in a mount and a UTS namespace.
+/// The agent, as the test starts it: `serve SOCKET IMAGE WRITABLE CGROUP VOLUMES MOUNTED`,
+/// PID 1 of a PID namespace, in a mount and a UTS namespace.
 pub fn serve(args: &[String]) -> ExitCode {
-    let [socket, image, writable, cgroup, volumes] = args else {
+    let [socket, image, writable, cgroup, volumes, mounted] = args else {
         return ExitCode::from(2);
     };
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -49,6 +52,7 @@ pub fn serve(args: &[String]) -> ExitCode {
         disks: Disks {
             image: image.clone(),
             window: None,
+            mounted: mounted.clone(),
             writable: writable.clone(),
             volumes: Source {
                 kind: "ext4".to_owned(),
@@ -231,7 +235,12 @@ impl Agent {
     }
 
     pub fn start_with(images: &Images, image: &Loop, writable: &str) -> Self {
-        Self::start_with_volumes(images, image, writable, "/dev/null")
+        Self::start_on(images, image, writable, "/dev/null", NO_DISK)
+    }
+
+    /// An agent that has an empty layer mounted.
+    pub fn start_with_mounted(images: &Images, mounted: &str) -> Self {
+        Self::start_on(images, &images.busybox, "/dev/null", "/dev/null", mounted)
     }
 
     /// An agent whose volumes are on an ext4.
@@ -240,6 +249,16 @@ impl Agent {
         image: &Loop,
         writable: &str,
         volumes: &str,
+    ) -> Self {
+        Self::start_on(images, image, writable, volumes, NO_DISK)
+    }
+
+    fn start_on(
+        images: &Images,
+        image: &Loop,
+        writable: &str,
+        volumes: &str,
+        mounted: &str,
     ) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -250,7 +269,7 @@ impl Agent {
             .arg(std::env::current_exe().unwrap())
             .arg("serve")
             .args([&socket, Path::new(&image.0), Path::new(writable), &cgroup])
-            .arg(volumes)
+            .args([volumes, mounted])
             .spawn()
             .unwrap();
         let control = connect(&socket, &Hello::Control);

@@ -211,7 +211,8 @@ fn init() -> ContainerOptions {
 
 fn an_init_reaps_forwards_and_ends_as_its_program(images: &Images) {
     // An orphan that ends while its new parent lives is no zombie for long.
-    let script = "tr '\\0' '\\n' < /proc/1/cmdline | head -n1; [ $$ != 1 ] && echo other
+    let script = "until grep -q vm-run-init /proc/1/cmdline; do sleep 0.01; done
+        tr '\\0' '\\n' < /proc/1/cmdline | head -n1; [ $$ != 1 ] && echo other
         (sh -c 'sleep 0.1 &' ); sleep 0.5; grep -l '^State:.Z' /proc/[0-9]*/status; true";
     assert_eq!(
         with_container(images, script, init()),
