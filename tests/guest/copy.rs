@@ -223,7 +223,8 @@ fn a_full_layer_is_an_error_inside_and_nothing_worse() {
     let lines: Vec<String> = ran.out().lines().map(str::to_owned).collect();
     assert_eq!(&lines[..2], ["1", "more"], "{ran}");
     let kib: u64 = lines[2].parse().expect("a number");
-    assert!((40 << 10..48 << 10).contains(&kib), "{ran}");
+    // The journal takes 8 MiB of it, the tables 2.
+    assert!((37 << 10..48 << 10).contains(&kib), "{ran}");
     let inspected = host.does(&["inspect", "full"]);
     let inspected: serde_json::Value = serde_json::from_str(&inspected).expect("JSON");
     assert_eq!(inspected[0]["HostConfig"]["StorageOpt"]["size"], "50331648");

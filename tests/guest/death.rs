@@ -130,15 +130,15 @@ fn check_disk(root: &Path) {
         .status();
     assert!(copied.expect("cp").success());
     let checked = Command::new("e2fsck")
-        .args(["-f", "-y"])
+        .args(["-f", "-p"])
         .arg(copy.path())
         .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
         .output()
         .expect("e2fsck");
     let said = String::from_utf8_lossy(&checked.stdout);
     assert!(said.contains("recovering journal"), "{said}");
-    // What is wrong, it asks about, and answers itself.
-    assert!(!said.contains('?'), "{said}");
+    // It mends what a crash may leave, the superblock's counts (1), and refuses more.
+    assert!(matches!(checked.status.code(), Some(0 | 1)), "{said}");
 }
 
 /// How many directories of containers there are.

@@ -1,7 +1,12 @@
 //! SIGKILL at random moments: what is on disk stays right, and nothing is left.
 
+#[path = "../registry/server.rs"]
+#[expect(dead_code, reason = "the tests of registries need more of it")]
+mod server;
+
 use crate::support::{Call, PATIENCE, own_root, variable};
 use rustix::process::{Pid, Signal, kill_process};
+use server::Server;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -34,6 +39,8 @@ fn nothing_is_lost_or_left_whoever_is_killed_whenever() {
     let root = own.path();
     let archive = variable("VM_RUN_TEST_BUSYBOX");
     let archive = archive.to_str().expect("text");
+    let registry = Server::start();
+    let remote = push_noise(root, &registry);
     let begun = Instant::now();
     let once = Call::run_in(root, &["busybox", "true"]).end();
     assert_eq!(once.status, 0, "{once}");
@@ -41,11 +48,22 @@ fn nothing_is_lost_or_left_whoever_is_killed_whenever() {
     let span = begun.elapsed().as_millis() as u64 + 100;
     for moment in 0..moments() {
         let script = "echo begun; echo > /x; sleep 2; echo ending";
-        let call = match dice.roll(4) {
+        let call = match dice.roll(6) {
             0 => Call::run_in(root, &["busybox", "sh", "-c", script]),
             1 => Call::run_to_keep(root, &["-d", "busybox", "sh", "-c", script]),
             2 => Call::run_to_keep(root, &["-d", "--restart", "always", "busybox", "true"]),
-            _ => Call::vm_run_in(root, &["image", "load", archive]),
+            3 => Call::vm_run_in(root, &["image", "load", "-i", archive]),
+            4 => {
+                // Nothing of it is to be there. It may not have come last time.
+                drop(Call::vm_run_in(root, &["image", "rm", &remote]).end());
+                Call::vm_run_in(root, &["image", "pull", &remote])
+            }
+            _ => {
+                let words = ["-d", "--name", "goes", "busybox", "sleep", "1000"];
+                let begun = Call::run_to_keep(root, &words).end();
+                assert_eq!(begun.status, 0, "moment {moment}: {begun}");
+                Call::vm_run_in(root, &["rm", "-f", "goes"])
+            }
         };
         let running = call.start();
         std::thread::sleep(Duration::from_millis(dice.roll(span)));
@@ -78,6 +96,9 @@ fn nothing_is_lost_or_left_whoever_is_killed_whenever() {
     let ran = Call::run_in(root, &["busybox", "echo", "well"]).end();
     assert_eq!((ran.status, ran.out()), (0, "well\n".into()), "{ran}");
     does(root, &["image", "load", "-i", archive]);
+    does(root, &["image", "pull", &remote]);
+    let read = Call::run_in(root, &[&remote, "-"]).refused(127);
+    assert!(read.contains('-'), "{read}");
     let deadline = Instant::now() + PATIENCE;
     while !processes(root).is_empty() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(100));
@@ -85,6 +106,26 @@ fn nothing_is_lost_or_left_whoever_is_killed_whenever() {
     assert_eq!(processes(root), []);
     let left = |dir: &str| std::fs::read_dir(root.join(dir)).map_or(0, Iterator::count);
     assert_eq!((left("containers"), left("images/tmp")), (0, 0));
+}
+
+/// Some megabytes that do not compress, in a registry and nowhere else.
+fn push_noise(root: &Path, registry: &Server) -> String {
+    let name = format!("{}/noise:1", registry.address);
+    let script =
+        "mkdir tree && head -c 8388608 /dev/urandom > tree/noise && tar -cf noise.tar -C tree .";
+    let made = std::process::Command::new("sh")
+        .args(["-c", script])
+        .current_dir(root)
+        .status();
+    assert!(made.expect("sh").success());
+    let tar = root.join("noise.tar");
+    does(
+        root,
+        &["image", "import", tar.to_str().expect("text"), &name],
+    );
+    does(root, &["image", "push", &name]);
+    does(root, &["image", "rm", &name]);
+    name
 }
 
 fn does(root: &Path, words: &[&str]) -> String {

@@ -16,6 +16,7 @@ mod machine;
 mod options;
 mod pages;
 mod root_window;
+mod roots;
 mod streams;
 mod support;
 mod volumes;

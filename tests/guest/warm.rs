@@ -15,7 +15,15 @@ use std::sync::{Arc, OnceLock};
 /// It imports what it needs, says that it is warm, and evaluates lines. `again` makes
 /// it warm once more.
 const EVALUATOR: &str = r#"
-import json, os, secrets, socket, sys
+import json, os, random, secrets, select, socket, ssl, sys
+
+# Seeded in the parent: what docs/identity.md says of them is for each child to do.
+ssl.RAND_bytes(16)
+random.random()
+
+def read(name):
+    with open("/proc/sys/kernel/random/" + name) as file:
+        return file.read().strip()
 
 def warm(after):
     with socket.socket(socket.AF_UNIX) as s:
@@ -24,6 +32,12 @@ def warm(after):
         after()
         return s.makefile().readline().split()[1]
 
+boot_id = read("boot_id")
+# Whoever polls it is woken by a fork.
+watched = open("/proc/sys/kernel/random/generation")
+watched.read()
+poll = select.poll()
+poll.register(watched, select.POLLPRI)
 generation = warm(lambda: None)
 for line in sys.stdin:
     if line == "again\n":
@@ -140,6 +154,13 @@ fn a_warm_child_answers_with_no_exec() {
         python.ask("int(generation, 16) != 0 and len(generation)"),
         "16"
     );
+    // The kernel knows it too, has told whoever was waiting, and has another boot's id
+    // than was read in the parent.
+    let same = "int(read('generation')) == int(generation, 16)";
+    assert_eq!(python.ask(same), "True");
+    assert_eq!(python.ask("len(poll.poll(0))"), "1");
+    assert_eq!(python.ask("read('boot_id') == boot_id"), "False");
+    assert_eq!(python.ask("read('boot_id') == read('boot_id')"), "True");
 }
 
 #[test]
@@ -150,6 +171,7 @@ fn a_hundred_warm_children_give_a_hundred_answers() {
     let place = Place::Workers(Arc::clone(&workers));
     let pool = Pool::new(template(), place, AT_ONCE).expect("a pool");
     let (mut tokens, mut generations) = (BTreeSet::new(), BTreeSet::new());
+    let (mut boot_ids, mut own) = (BTreeSet::new(), BTreeSet::new());
     let mut pooled = 0;
     for round in 0..CHILDREN / AT_ONCE {
         pool.wait_full(PATIENCE).expect("fills");
@@ -165,12 +187,18 @@ fn a_hundred_warm_children_give_a_hundred_answers() {
             python.say("secrets.token_hex()");
             python.say("generation");
             python.say("socket.gethostname()");
+            python.say("read('boot_id')");
+            python.say("ssl.RAND_add(os.urandom(32), 32) or ssl.RAND_bytes(16).hex()");
+            python.say("random.seed() or random.random()");
         }
         for (python, name) in pythons.iter_mut().zip(&names) {
             assert_eq!(python.hear(), "2");
             tokens.insert(python.hear());
             generations.insert(python.hear());
             assert_eq!(&python.hear(), name);
+            boot_ids.insert(python.hear());
+            own.insert(python.hear());
+            own.insert(python.hear());
             // Its root image is the template's own, and is mapped again.
             let stats = python.child.stats().expect("counts");
             assert!(stats.root_mapped > Some(0), "{stats:?}");
@@ -180,6 +208,8 @@ fn a_hundred_warm_children_give_a_hundred_answers() {
     assert_eq!(tokens.len(), CHILDREN, "all differ");
     assert!(tokens.iter().all(|token| token.len() == 64));
     assert_eq!(generations.len(), CHILDREN, "all differ");
+    assert_eq!(boot_ids.len(), CHILDREN, "all differ");
+    assert_eq!(own.len(), 2 * CHILDREN, "all differ");
     assert_eq!(pooled, CHILDREN, "a full pool has one for each");
     assert_eq!(workers.counts().expect("counts").violations, 0);
 }

@@ -9,6 +9,9 @@ use tempfile::TempDir;
 /// How long a server may take to stop before it is killed, in seconds.
 const STOP_TIMEOUT: &str = "120";
 
+/// How long a server may take to make its files and begin, on an emulated host.
+const SETUP_PATIENCE: Duration = Duration::from_secs(600);
+
 /// One image in a state directory of its own, and one container of it. The directory
 /// goes when the test ends: all images together are more than the test host holds.
 struct Workload {
@@ -66,7 +69,7 @@ impl Workload {
 
     /// Asks until the answer is this one.
     fn answers(&self, command: &[&str], answer: &str) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + SETUP_PATIENCE;
         loop {
             let ran = self.exec(command);
             if ran.status == 0 && ran.out() == answer {
@@ -74,7 +77,8 @@ impl Workload {
             }
             let is_late = Instant::now() >= deadline;
             assert!(!is_late, "{command:?}: {ran}: {}", self.log());
-            std::thread::sleep(Duration::from_millis(200));
+            // Each question takes the server's processor, and on an emulated host much of it.
+            std::thread::sleep(Duration::from_secs(2));
         }
     }
 

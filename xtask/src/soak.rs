@@ -40,6 +40,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     step("programs that people run");
     test::guest_tests(vmhost::HostKernel::default(), test::WORKLOADS)?;
+    step("what root images cost");
+    test::guest_tests(vmhost::HostKernel::default(), test::ROOTS)?;
     step("the guest tests on the oldest host kernel that is supported");
     test::guest_tests(vmhost::HostKernel::Linux61, "")?;
     step("a user's own kernel: Debian's configuration and the options of docs/kernel.md");

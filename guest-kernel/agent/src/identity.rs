@@ -4,6 +4,7 @@ use crate::doorbell::{Doorbell, IdentityPage, on_small_stack};
 use crate::sys;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, open};
+use rustix::io::{Errno, pwrite};
 use rustix::time::{ClockId, Timespec, clock_settime};
 use vm_run_abi::identity::{Identity, Invalid};
 
@@ -14,7 +15,12 @@ pub struct ForkPoint {
     doorbell: Doorbell,
     page: IdentityPage,
     random: OwnedFd,
+    /// Where the kernel is told of the generation (`linux/patches/0003-…`): it draws a
+    /// new boot_id, and wakes whoever polls. `None` on a kernel of a user's own.
+    generation: Option<OwnedFd>,
 }
+
+const GENERATION: &str = "/proc/sys/kernel/random/generation";
 
 impl ForkPoint {
     /// Opens what is needed.
@@ -24,10 +30,17 @@ impl ForkPoint {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let random = open("/dev/urandom", flags, Mode::empty())
             .map_err(|e| format!("cannot open /dev/urandom: {e}"))?;
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        let generation = match open(GENERATION, flags, Mode::empty()) {
+            Ok(file) => Some(file),
+            Err(Errno::NOENT) => None,
+            Err(e) => return Err(format!("cannot open {GENERATION}: {e}")),
+        };
         Ok(Self {
             doorbell,
             page,
             random,
+            generation,
         })
     }
 
@@ -71,10 +84,31 @@ impl ForkPoint {
     fn apply(&self, identity: &Identity) -> Result<(), String> {
         sys::reseed(self.random.as_fd(), &identity.entropy)
             .map_err(|e| format!("cannot reseed the kernel's random numbers: {e}"))?;
+        if let Some(file) = &self.generation {
+            let mut digits = [0; DIGITS_MAX];
+            let digits = decimal(identity.generation, &mut digits);
+            pwrite(file, digits, 0).map_err(|e| format!("cannot write {GENERATION}: {e}"))?;
+        }
         clock_settime(ClockId::Realtime, timespec(identity.realtime_ns))
             .map_err(|e| format!("cannot set the clock: {e}"))?;
         rustix::system::sethostname(identity.hostname().as_bytes())
             .map_err(|e| format!("cannot set the hostname: {e}"))
+    }
+}
+
+/// Of the greatest generation.
+const DIGITS_MAX: usize = 20;
+
+/// Nothing may be allocated here.
+fn decimal(mut number: u64, digits: &mut [u8; DIGITS_MAX]) -> &[u8] {
+    let mut at = DIGITS_MAX;
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            return &digits[at..];
+        }
     }
 }
 
@@ -83,5 +117,19 @@ fn timespec(ns: u64) -> Timespec {
     Timespec {
         tv_sec: (ns / SECOND) as i64,
         tv_nsec: (ns % SECOND) as i64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_written_out() {
+        for number in [1, 10, 907, u64::MAX] {
+            let mut digits = [0; DIGITS_MAX];
+            let written = decimal(number, &mut digits);
+            assert_eq!(written, number.to_string().as_bytes());
+        }
     }
 }

@@ -26,11 +26,14 @@ pub struct System {
     /// Each with the place where it goes.
     directories: [(&'static str, OwnedFd); 3],
     files: [(&'static str, OwnedFd); 3],
+    machine_id: OwnedFd,
 }
 
 /// Where the trees are put together; a file system of its own, seen by nobody else.
 /// The files that the guest writes stay on it.
 const SYSTEM: &str = "/mnt/system";
+
+const MACHINE_ID: &str = "/etc/machine-id";
 
 /// The path of the container's `path` while the trees are there.
 fn under(path: &str) -> String {
@@ -69,6 +72,7 @@ impl System {
                 ("/etc/hosts", take("/hosts")?),
                 ("/etc/resolv.conf", take("/resolv.conf")?),
             ],
+            machine_id: take("/machine-id")?,
         };
         detach(SYSTEM)?;
         Ok(system)
@@ -87,6 +91,12 @@ impl System {
         for (target, tree) in self.files {
             make_file_for_mount(target)?;
             put(&tree, target, MoveMountFlags::empty())?;
+        }
+        // An image without one stays so.
+        if fs::symlink_metadata(MACHINE_ID).is_ok_and(|found| found.is_file()) {
+            let drawn = self.names.draw_machine_id();
+            drawn.map_err(|e| format!("cannot draw {MACHINE_ID}: {e}"))?;
+            put(&self.machine_id, MACHINE_ID, MoveMountFlags::empty())?;
         }
         Ok(self.names)
     }

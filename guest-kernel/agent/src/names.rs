@@ -1,9 +1,10 @@
-//! The files in which a container finds its hostname. The guest writes them, and
-//! again in every child of a warm template.
+//! The files in which a container finds who it is: its hostname, and the machine's id.
+//! The guest writes them, and again in every child of a warm template.
 
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags, ftruncate, open};
 use rustix::io::pwrite;
+use rustix::rand::{GetRandomFlags, getrandom};
 use std::io;
 
 /// The files, open for writing. The container may write them as well, and may
@@ -14,10 +15,13 @@ pub struct Names {
     pub hostname: OwnedFd,
     /// For /etc/hosts.
     pub hosts: OwnedFd,
+    /// For /etc/machine-id, where the image has one (machine-id(5)): two containers of
+    /// one image are two machines.
+    pub machine_id: OwnedFd,
 }
 
 impl Names {
-    /// Makes the two files `hostname` and `hosts` in `directory`, empty.
+    /// Makes the files `hostname`, `hosts` and `machine-id` in `directory`, empty.
     pub fn make(directory: &str) -> io::Result<Self> {
         let file = |name: &str| {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
@@ -27,10 +31,11 @@ impl Names {
         Ok(Self {
             hostname: file("hostname")?,
             hosts: file("hosts")?,
+            machine_id: file("machine-id")?,
         })
     }
 
-    /// Writes them anew, with `more` lines of /etc/hosts.
+    /// Writes the hostname anew, with `more` lines of /etc/hosts.
     pub fn write(&self, hostname: &str, domain: &str, more: &str) -> io::Result<()> {
         // First the room, which is bounded and may be all taken.
         ftruncate(&self.hostname, 0)?;
@@ -38,6 +43,23 @@ impl Names {
         write_all(&self.hostname, &format!("{hostname}\n"))?;
         write_all(&self.hosts, &hosts(hostname, domain, more))
     }
+
+    /// Draws another machine's id: in a container that has none nobody sees it.
+    pub fn draw_machine_id(&self) -> io::Result<()> {
+        write_machine_id(&self.machine_id)
+    }
+}
+
+/// 32 digits and a line's end, at random but for what marks a UUID of version 4.
+fn write_machine_id(file: &OwnedFd) -> io::Result<()> {
+    let mut id = [0; 16];
+    if getrandom(&mut id, GetRandomFlags::empty())? != id.len() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    id[6] = id[6] & 0x0f | 0x40;
+    id[8] = id[8] & 0x3f | 0x80;
+    let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    write_all(file, &format!("{digits}\n"))
 }
 
 fn hosts(hostname: &str, domain: &str, more: &str) -> String {

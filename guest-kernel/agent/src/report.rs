@@ -25,7 +25,7 @@ pub enum Report {
     Prepared(Vec<OwnedFd>),
     /// The terminal: master and slave side.
     Terminal(OwnedFd, OwnedFd),
-    /// The warm socket, which listens, and the files with the hostname.
+    /// The warm socket, which listens, and the files that say who it is.
     Warm(OwnedFd, Names),
     /// The layers of the container's root.
     Layers(Layers),
@@ -79,7 +79,8 @@ impl Reporter {
 
     /// [`Report::Warm`]
     pub fn warm(&self, listener: &OwnedFd, names: &Names) -> Result<(), Errno> {
-        let all = [listener, &names.hostname, &names.hosts].map(AsFd::as_fd);
+        let all = [listener, &names.hostname, &names.hosts, &names.machine_id];
+        let all = all.map(AsFd::as_fd);
         self.send(WARM, &[], &all)
     }
 
@@ -170,8 +171,14 @@ pub fn next_report(reports: BorrowedFd<'_>) -> io::Result<Option<Report>> {
             Report::Terminal(master, slave)
         }
         (WARM, []) => {
-            let [listener, hostname, hosts] = descriptors.try_into().map_err(|_| malformed())?;
-            Report::Warm(listener, Names { hostname, hosts })
+            let [listener, hostname, hosts, machine_id] =
+                descriptors.try_into().map_err(|_| malformed())?;
+            let names = Names {
+                hostname,
+                hosts,
+                machine_id,
+            };
+            Report::Warm(listener, names)
         }
         (LAYERS, []) => {
             let [upper, image] = descriptors.try_into().map_err(|_| malformed())?;

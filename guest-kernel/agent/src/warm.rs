@@ -144,6 +144,7 @@ impl Warm {
     /// its processes that is waiting has its answer and reads it when it runs.
     pub fn become_child(&mut self, hostname: &str, generation: u64) -> io::Result<()> {
         self.names.write(hostname, "", "")?;
+        self.names.draw_machine_id()?;
         // The host of a child knows already.
         self.is_warm = true;
         let answer = format!("child {generation:016x}\n");

@@ -36,6 +36,7 @@ pub const ALL: &[Case] = cases![
     a_long_command_arrives_whole,
     writable_layers_keep_their_promises,
     an_empty_layer_is_mounted_before_it_is_wanted,
+    each_container_is_another_machine,
     an_ext4_image_works_too,
     the_end_of_the_first_process_is_the_end_of_all,
     input_that_nobody_reads_is_dropped,
@@ -350,6 +351,7 @@ fn mounts_are_these_and_no_others(images: &Images) {
         format!("/dev/shm / tmpfs rw,{plain}"),
         "/etc/hostname /hostname tmpfs rw,noatime".to_owned(),
         "/etc/hosts /hosts tmpfs rw,noatime".to_owned(),
+        "/etc/machine-id /machine-id tmpfs rw,noatime".to_owned(),
         "/etc/resolv.conf /resolv.conf tmpfs rw,noatime".to_owned(),
         format!("/proc / proc rw,{plain}"),
         format!("/sys / sysfs ro,{plain}"),
@@ -493,6 +495,17 @@ fn an_empty_layer_is_mounted_before_it_is_wanted(images: &Images) {
         panic!("{failed:?}");
     };
     assert_eq!(message, "the host takes a disk for mounted that is not");
+}
+
+fn each_container_is_another_machine(images: &Images) {
+    let id = || run(images, shell("cat /etc/machine-id")).stdout;
+    let (first, second) = (id(), id());
+    assert_ne!(first, second);
+    for id in [first, second] {
+        let digits = id.strip_suffix('\n').unwrap();
+        let is_digit = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
+        assert!(digits.len() == 32 && digits.bytes().all(is_digit), "{id}");
+    }
 }
 
 fn an_ext4_image_works_too(images: &Images) {

@@ -195,6 +195,7 @@ fn make_busybox(root: &Path) {
     )
     .unwrap();
     symlink("/tmp/elsewhere", root.join("etc/hosts")).unwrap();
+    fs::write(root.join("etc/machine-id"), "the image's\n").unwrap();
     copy_libraries(root);
     let executable = |name: &str, content: &[u8]| {
         fs::write(root.join(name), content).unwrap();

@@ -58,10 +58,11 @@ fn attach(agent: &mut Agent) -> Streams {
 
 fn a_shell_wakes_as_a_child(images: &Images) {
     let mut agent = Agent::start(images);
-    let script = "echo $VM_RUN_WARM; touch /run/vm-run/x 2>/dev/null || echo read-only; \
+    let script = "read machine < /etc/machine-id; echo $VM_RUN_WARM; touch /run/vm-run/x 2>/dev/null || echo read-only; \
                   head -c 100000 /dev/zero 2>/dev/null >/etc/hosts; \
                   echo before; generation=$(/run/vm-run/warm); echo $? $generation; \
                   hostname; cat /etc/hostname; grep -c 'child-1$' /etc/hosts; \
+                  [ $machine != $(cat /etc/machine-id) ] && echo another; \
                   read line; echo \"<$line>\"; cat; echo error >&2; exit 6";
     let mut streams = start(&mut agent, warm(script));
     let before = until(&mut streams.stdout, "before\n");
@@ -70,8 +71,8 @@ fn a_shell_wakes_as_a_child(images: &Images) {
     let fork_point = freeze_all(&mut agent, streams);
     agent.fork(fork_point, 0xfeed, "child-1");
     let mut streams = attach(&mut agent);
-    let woken = until(&mut streams.stdout, "\n1\n");
-    assert_eq!(woken, "0 000000000000feed\nchild-1\nchild-1\n1\n");
+    let woken = until(&mut streams.stdout, "another\n");
+    assert_eq!(woken, "0 000000000000feed\nchild-1\nchild-1\n1\nanother\n");
     // Its stdin has not ended with the connection of the first host.
     streams.stdin.write_all(b"word\nmore\n").unwrap();
     assert_eq!(until(&mut streams.stdout, ">\nmore\n"), "<word>\nmore\n");
@@ -205,7 +206,8 @@ fn a_terminal_survives_its_host(images: &Images) {
     let mut agent = Agent::start(images);
     let script = "stty -echo; /run/vm-run/warm >/dev/null; stty size; \
                   trap 'stty size' WINCH; trap 'echo hup; exit 1' HUP; \
-                  read line; echo \"<$line>\"; while :; do sleep 0.05; done";
+                  until read line; do :; done; echo \"<$line>\"; while :; do sleep 0.05; done";
+    // A read is interrupted by a resize that comes while it waits.
     let (container, mut process) = warm(script);
     process.streams = vec![Stream::Terminal];
     process.window = Some(WindowSize { rows: 30, cols: 70 });
