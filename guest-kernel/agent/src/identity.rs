@@ -62,7 +62,21 @@ impl ForkPoint {
             }
             result = generation;
         });
-        result
+        let generation = result?;
+        self.tell_kernel(generation)?;
+        Ok(generation)
+    }
+
+    /// Not on the way to the acknowledgement: it is a write by way of /proc, six pages
+    /// more. Nothing but the agent runs yet.
+    fn tell_kernel(&self, generation: u64) -> Result<(), String> {
+        let Some(file) = &self.generation else {
+            return Ok(());
+        };
+        let text = generation.to_string();
+        let written = pwrite(file, text.as_bytes(), 0);
+        written.map_err(|e| format!("cannot write {GENERATION}: {e}"))?;
+        Ok(())
     }
 
     /// A function of its own so that its frame can be wiped.
@@ -84,31 +98,10 @@ impl ForkPoint {
     fn apply(&self, identity: &Identity) -> Result<(), String> {
         sys::reseed(self.random.as_fd(), &identity.entropy)
             .map_err(|e| format!("cannot reseed the kernel's random numbers: {e}"))?;
-        if let Some(file) = &self.generation {
-            let mut digits = [0; DIGITS_MAX];
-            let digits = decimal(identity.generation, &mut digits);
-            pwrite(file, digits, 0).map_err(|e| format!("cannot write {GENERATION}: {e}"))?;
-        }
         clock_settime(ClockId::Realtime, timespec(identity.realtime_ns))
             .map_err(|e| format!("cannot set the clock: {e}"))?;
         rustix::system::sethostname(identity.hostname().as_bytes())
             .map_err(|e| format!("cannot set the hostname: {e}"))
-    }
-}
-
-/// Of the greatest generation.
-const DIGITS_MAX: usize = 20;
-
-/// Nothing may be allocated here.
-fn decimal(mut number: u64, digits: &mut [u8; DIGITS_MAX]) -> &[u8] {
-    let mut at = DIGITS_MAX;
-    loop {
-        at -= 1;
-        digits[at] = b'0' + (number % 10) as u8;
-        number /= 10;
-        if number == 0 {
-            return &digits[at..];
-        }
     }
 }
 
@@ -117,19 +110,5 @@ fn timespec(ns: u64) -> Timespec {
     Timespec {
         tv_sec: (ns / SECOND) as i64,
         tv_nsec: (ns % SECOND) as i64,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_written_out() {
-        for number in [1, 10, 907, u64::MAX] {
-            let mut digits = [0; DIGITS_MAX];
-            let written = decimal(number, &mut digits);
-            assert_eq!(written, number.to_string().as_bytes());
-        }
     }
 }

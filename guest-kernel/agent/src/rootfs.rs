@@ -58,14 +58,17 @@ pub fn find_window() -> Result<Option<String>, String> {
     }
     let pause = Duration::from_millis(2);
     let mut waited = Duration::ZERO;
-    while !Path::new(WINDOW).exists() {
+    // The node comes before what the queue says of itself (Linux block/genhd.c,
+    // device_add_disk).
+    while !(Path::new(WINDOW).exists() && Path::new(WINDOW_DAX).exists()) {
         if waited >= WINDOW_PATIENCE {
             return Err(format!("the kernel has virtio_pmem and makes no {WINDOW}"));
         }
         std::thread::sleep(pause);
         waited += pause;
     }
-    let dax = std::fs::read_to_string(WINDOW_DAX).unwrap_or_default();
+    let dax = std::fs::read_to_string(WINDOW_DAX)
+        .map_err(|e| format!("cannot read {WINDOW_DAX}: {e}"))?;
     if dax.trim() != "1" {
         return Ok(None);
     }
