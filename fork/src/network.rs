@@ -9,7 +9,7 @@ use rustix::fd::OwnedFd;
 ///
 /// The guest's side is the same in all children (see [`addresses`](crate::addresses));
 /// so each tap belongs into a network namespace of its own, in which it has the gateway's
-/// addresses.
+/// addresses, that of Ethernet too.
 #[derive(Debug)]
 pub struct Network {
     /// An open tap, of this child alone, in non-blocking mode: made by TUNSETIFF with

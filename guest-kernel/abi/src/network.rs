@@ -2,7 +2,7 @@
 //! child. A fork changes none of them, so nothing in the guest has to be told.
 //!
 //! What makes a child itself is outside: its tap lies in a network namespace of its own,
-//! in which its owner gives the gateway's addresses to the tap, and translates what goes
+//! in which its owner gives all of the gateway's addresses to the tap, and translates what goes
 //! farther. A guest has no use for an address of the host's, or of another child.
 //!
 //! The IPv4 addresses are out of 192.0.0.0/29, which is for the two ends of a link behind
@@ -15,6 +15,10 @@ pub const INTERFACE: &str = "eth0";
 
 /// Its Ethernet address: locally administered, and "vmrun".
 pub const MAC: [u8; 6] = [0x02, b'v', b'm', b'r', b'u', b'n'];
+
+/// The gateway's, which is that of the tap: a container that was frozen with a guest
+/// remembers it, and its children's gateways must be where it was.
+pub const GATEWAY_MAC: [u8; 6] = [0x02, b'v', b'm', b'r', b'u', 1];
 
 /// The longest packet, in bytes, without the Ethernet header.
 pub const MTU: u16 = 1500;
