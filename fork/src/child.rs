@@ -75,6 +75,8 @@ pub(crate) struct Born {
     pub(crate) has_volumes: bool,
     /// Whether its writable layer's disk is mounted already.
     pub(crate) has_mounted_disk: bool,
+    /// Whether it has a tap.
+    pub(crate) has_network: bool,
 }
 
 /// A process in a child, seen from the host.
@@ -192,10 +194,11 @@ impl Child {
         self.settle(result, Phase::Started)
     }
 
-    /// Says what the fork has decided of the container's file systems.
+    /// Says what the fork has decided of the container's surroundings.
     fn complete(&self, container: &mut ContainerSpec) {
         container.mapped_root = self.machine.root_image().is_some();
         container.mounted_disk = self.born.has_mounted_disk;
+        container.network = self.born.has_network;
     }
 
     /// Ties streams to the container that a warm child was born with.

@@ -66,6 +66,7 @@ mod guest;
 mod identity;
 mod jail;
 mod machine;
+mod network;
 mod pool;
 mod stages;
 mod stats;
@@ -79,6 +80,7 @@ pub use child::{Child, Process};
 pub use disk::{Disks, EmptyDisk};
 pub use error::Error;
 pub use guest::Guest;
+pub use network::Network;
 pub use pool::{Place, Pool, PoolStats};
 pub use stages::{ForkPath, Stages};
 pub use stats::ChildStats;
@@ -89,7 +91,7 @@ pub use vm_run_abi::protocol::{
     CONTAINER, ContainerSpec, ExitStatus, Mount, ProcessId, ProcessSpec, StartFailure, Stream,
     WindowSize, Writable,
 };
-pub use vm_run_abi::task;
+pub use vm_run_abi::{network as addresses, task};
 pub use vmm::{
     Cpu, Error as VmError, Host, HostError, Isolation, Moment, Timeline, VMS_PER_PROCESS, VmCounts,
 };

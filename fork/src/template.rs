@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::guest::Guest;
 use crate::identity;
 use crate::machine::{CONSOLE_LINES, Local, Machine, Mailbox, News, last_words};
+use crate::network::Network;
 use crate::stages::ForkPath;
 use crate::store::{self, Contents, Manifest};
 use crate::volumes::{VOLUMES_MAX, Volume};
@@ -102,6 +103,8 @@ pub struct ForkSpec {
     /// What it sees of the host's files: at most [`VOLUMES_MAX`](crate::VOLUMES_MAX), in a
     /// worker with a jail. A child with volumes cannot be frozen.
     pub volumes: Vec<Volume>,
+    /// Its network. Without one, its container has a loopback interface and nothing else.
+    pub network: Option<Network>,
     /// The trust domain of whoever asks.
     pub domain: String,
     /// Whether it stops when it has its identity, until [`Child::release`] or the
@@ -116,6 +119,7 @@ impl Default for ForkSpec {
             hostname: "child".into(),
             disks: Disks::default(),
             volumes: Vec::new(),
+            network: None,
             domain: DEFAULT_DOMAIN.into(),
             hold: false,
         }
@@ -154,6 +158,7 @@ pub(crate) struct Request {
     pub(crate) identity: Identity,
     pub(crate) disks: vmm::Disks,
     pub(crate) volumes: Vec<Volume>,
+    pub(crate) network: Option<Network>,
     /// See [`Birth::map_root`].
     pub(crate) map_root: bool,
     pub(crate) hold: bool,
@@ -341,6 +346,7 @@ impl Template {
         let birth = Birth {
             disks: request.disks,
             volumes: None,
+            tap: request.network.map(|network| network.tap),
             map_root: request.map_root,
             patches: vec![(page::GPA, request.identity.to_bytes().to_vec())],
             events: mailbox.sink(console),
@@ -377,6 +383,7 @@ impl Template {
             identity: identity::draw(&spec.hostname)?,
             disks: self.place(spec.disks)?,
             volumes: spec.volumes,
+            network: spec.network,
             // Who names a domain shares no page with anyone outside of it.
             map_root: self.info.domain == DEFAULT_DOMAIN,
             hold: spec.hold,
@@ -536,6 +543,7 @@ impl Request {
             is_held: self.hold,
             has_volumes: !self.volumes.is_empty(),
             has_mounted_disk: self.disks.mounted.is_some(),
+            has_network: self.network.is_some(),
         })
     }
 }

@@ -13,6 +13,7 @@ mod isolation;
 mod kernel;
 mod kills;
 mod machine;
+mod network;
 mod options;
 mod pages;
 mod root_window;

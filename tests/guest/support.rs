@@ -16,6 +16,8 @@ use tempfile::TempDir;
 
 #[path = "support/process.rs"]
 mod process;
+#[path = "support/wire.rs"]
+pub mod wire;
 
 pub use process::{Call, Ran, Running};
 

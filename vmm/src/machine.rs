@@ -14,9 +14,10 @@
 //! | virtio-blk `vdc`: any other writable layer | 0xd0005000 | 9 |
 //! | virtio-pmem: the root image again, mapped (`window.rs`) | 0xd0006000 | 10 |
 //! | virtio-fs `volumes`: what the child's file server serves | 0xd0007000 | 11 |
+//! | virtio-net `eth0`: the same addresses in all children | 0xd0008000 | 12 |
 //!
-//! The disks' slots, the window and the tag are part of a template; the files behind
-//! them, and the server, are bound at the fork.
+//! The disks' slots, the window, the tag and the addresses are part of a template; the
+//! files behind them, the server, and the tap are bound at the fork.
 
 use crate::error::Error;
 use crate::io::Io;
@@ -27,6 +28,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockState};
 use devices::virtio::fs::{Fs, FsState};
 use devices::virtio::mmio::{MmioTransport, TransportState};
+use devices::virtio::net::{Net, NetState};
 use devices::virtio::pmem::{Pmem, PmemState};
 use devices::virtio::rng::{Rng, RngState};
 use devices::virtio::vsock::{Vsock, VsockState};
@@ -38,10 +40,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vm_run_abi::{PAGE_SIZE, doorbell};
+use vm_run_abi::{PAGE_SIZE, doorbell, network};
 
 /// How many virtio-mmio windows the machine has.
-pub(crate) const VIRTIO_DEVICES: u32 = 7;
+pub(crate) const VIRTIO_DEVICES: u32 = 8;
 
 /// How large the disks claim to be, in sectors of 512 bytes. A driver reads
 /// the size when it probes, in the parent, long before a file is bound; reads
@@ -113,6 +115,7 @@ pub(crate) struct Devices {
     pub(crate) writable: Arc<Mutex<MmioTransport<Block>>>,
     pub(crate) pmem: Arc<Mutex<MmioTransport<Pmem>>>,
     pub(crate) volumes: Arc<Mutex<MmioTransport<Fs>>>,
+    pub(crate) net: Arc<Mutex<MmioTransport<Net>>>,
 }
 
 /// A virtio device's state, registers and all.
@@ -133,6 +136,7 @@ pub(crate) struct DevicesState {
     writable: Virtio<BlockState>,
     pmem: Virtio<PmemState>,
     volumes: Virtio<FsState>,
+    net: Virtio<NetState>,
 }
 
 impl DevicesState {
@@ -158,6 +162,13 @@ impl DevicesState {
                 device: state_of(window),
             },
             volumes: Virtio::default(),
+            net: Virtio {
+                transport: TransportState::default(),
+                device: NetState {
+                    mac: network::MAC,
+                    mtu: network::MTU,
+                },
+            },
         }
     }
 }
@@ -189,6 +200,7 @@ impl Devices {
         let rng = Rng::restore(&s.rng.device);
         let pmem = Pmem::restore(&s.pmem.device).map_err(refused("the root window"))?;
         let volumes = Fs::restore(&s.volumes.device);
+        let net = Net::restore(&s.net.device).map_err(refused("the network device"))?;
         Ok(Self {
             serial: Arc::new(Mutex::new(serial)),
             rng: attach(rng, memory, irq(VIRTIO_IRQ), &s.rng.transport)?,
@@ -198,11 +210,24 @@ impl Devices {
             writable: attach(writable, memory, irq(VIRTIO_IRQ + 4), &s.writable.transport)?,
             pmem: attach(pmem, memory, irq(VIRTIO_IRQ + 5), &s.pmem.transport)?,
             volumes: attach(volumes, memory, irq(VIRTIO_IRQ + 6), &s.volumes.transport)?,
+            net: attach(net, memory, irq(VIRTIO_IRQ + 7), &s.net.transport)?,
         })
     }
 
-    /// Binds the disks' files and the volumes' server, before the guest runs.
-    pub(crate) fn bind(&self, disks: Disks, volumes: Option<OwnedFd>) -> Result<(), Error> {
+    /// Binds the disks' files, the volumes' server and the network's tap, before the
+    /// guest runs.
+    pub(crate) fn bind(
+        &self,
+        disks: Disks,
+        volumes: Option<OwnedFd>,
+        tap: Option<OwnedFd>,
+    ) -> Result<(), Error> {
+        if let Some(tap) = tap {
+            lock(&self.net)
+                .device_mut()
+                .bind(tap)
+                .map_err(refused("the network"))?;
+        }
         if let Some(server) = volumes {
             lock(&self.volumes)
                 .device_mut()
@@ -236,6 +261,7 @@ impl Devices {
             writable: save(&self.writable),
             pmem: save(&self.pmem),
             volumes: save(&self.volumes),
+            net: save(&self.net),
         }
     }
 
@@ -250,6 +276,7 @@ impl Devices {
             lock(&self.writable).kick(),
             lock(&self.pmem).kick(),
             self.kick_volumes(),
+            self.kick_net(),
         ]
         .contains(&true)
     }
@@ -259,6 +286,12 @@ impl Devices {
     fn kick_volumes(&self) -> bool {
         let mut volumes = lock(&self.volumes);
         volumes.device().has_server() && volumes.kick()
+    }
+
+    /// Likewise: without a tap nothing comes, and what goes is lost anyway.
+    fn kick_net(&self) -> bool {
+        let mut net = lock(&self.net);
+        net.device().has_tap() && net.kick()
     }
 
     /// In the order of their windows.
@@ -271,6 +304,7 @@ impl Devices {
             self.writable.clone(),
             self.pmem.clone(),
             self.volumes.clone(),
+            self.net.clone(),
         ]
     }
 
@@ -284,6 +318,7 @@ impl Devices {
             self.writable.clone(),
             self.pmem.clone(),
             self.volumes.clone(),
+            self.net.clone(),
         ]
     }
 }

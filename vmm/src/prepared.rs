@@ -38,6 +38,8 @@ pub struct Birth {
     pub disks: Disks,
     /// The server of its volumes: see [`devices::virtio::fs::Fs::bind`].
     pub volumes: Option<OwnedFd>,
+    /// The tap of its network: see [`devices::virtio::net::Net::bind`].
+    pub tap: Option<OwnedFd>,
     /// Whether the root image is mapped into the guest too, if it fits its root
     /// window: it shares the image's pages with all who map them.
     pub map_root: bool,
@@ -192,7 +194,7 @@ impl Prepared {
         if let Some(root) = birth.disks.root.as_ref().filter(|_| birth.map_root) {
             parts.kvm.window.bind(root)?;
         }
-        parts.devices.bind(birth.disks, birth.volumes)?;
+        parts.devices.bind(birth.disks, birth.volumes, birth.tap)?;
         for (gpa, bytes) in &birth.patches {
             parts.kvm.ram.write(*gpa, bytes)?;
         }

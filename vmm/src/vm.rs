@@ -140,7 +140,7 @@ impl Vm {
         let console = Console::new();
         let state = DevicesState::new(kvm.window.place());
         let devices = Devices::restore(&state, &kvm, &console)?;
-        devices.bind(disks, None)?;
+        devices.bind(disks, None, None)?;
         let vcpus = (0..config.vcpus)
             .map(Vcpu::spawn)
             .collect::<Result<Vec<_>, _>>()?;

@@ -100,6 +100,7 @@ fn a_child_finds_its_image_in_the_window_and_changes_nothing() {
         let (events, told) = sink();
         let birth = Birth {
             volumes: None,
+            tap: None,
             disks: Disks {
                 root: root.map(|file| file.try_clone().expect("a descriptor")),
                 mounted: None,

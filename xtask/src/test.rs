@@ -36,6 +36,7 @@ pub fn run(args: &Args) -> Result<()> {
         "docker-registry",
         "e2fsprogs",
         "erofs-utils",
+        "iproute2",
         "openssl",
     ])?;
     if args.guest.is_none() {

@@ -118,6 +118,31 @@ pub(super) fn readv(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Res
     retry(|| unsafe { libc::readv(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count()) })
 }
 
+/// `readv(2)` of one frame into `head` and then `slices`.
+pub(super) fn read_frame(
+    fd: BorrowedFd<'_>,
+    head: &mut [u8],
+    slices: &[VolatileSlice<'_>],
+) -> io::Result<usize> {
+    let iov = IoVec::with_head((head.as_mut_ptr(), head.len()), slices);
+    // SAFETY: `head`, which is borrowed mutably, outlives the call; each other entry
+    // points to memory that its guard keeps mapped, of the length given; the kernel
+    // writes nothing else.
+    retry(|| unsafe { libc::readv(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count()) })
+}
+
+/// `writev(2)` of one frame, `head` and then `slices`.
+pub(super) fn write_frame(
+    fd: BorrowedFd<'_>,
+    head: &[u8],
+    slices: &[VolatileSlice<'_>],
+) -> io::Result<usize> {
+    let iov = IoVec::with_head((head.as_ptr().cast_mut(), head.len()), slices);
+    // SAFETY: `head` outlives the call; each other entry points to memory that its guard
+    // keeps mapped, of the length given; the kernel only reads it.
+    retry(|| unsafe { libc::writev(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count()) })
+}
+
 /// `sendmsg(2)` from `slices` to a socket: does not block, raises no SIGPIPE.
 pub(super) fn send(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
     let mut iov = IoVec::new(slices);

@@ -272,7 +272,11 @@ impl<D: VirtioDevice> MmioTransport<D> {
             return;
         }
         let pending = std::mem::take(&mut self.registers.pending_queues);
-        let mut io = DeviceIo::new(&self.memory, &mut self.queues);
+        let mut io = DeviceIo::new(
+            &self.memory,
+            &mut self.queues,
+            self.registers.driver_features,
+        );
         let mut again = 0;
         let mut result = Ok(());
         for queue in (0..u32::BITS as usize).filter(|queue| pending & (1 << queue) != 0) {
@@ -301,7 +305,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
         } else {
             &mut []
         };
-        let mut io = DeviceIo::new(&self.memory, queues);
+        let mut io = DeviceIo::new(&self.memory, queues, self.registers.driver_features);
         let result = self.device.process_host_events(&mut io);
         let more = matches!(result, Ok(Progress::More));
         self.finish(result.map(|_| ()));

@@ -9,6 +9,7 @@ pub mod fs;
 #[allow(unsafe_code)]
 mod iov;
 pub mod mmio;
+pub mod net;
 pub mod pmem;
 pub mod queue;
 pub mod rng;
@@ -23,6 +24,7 @@ pub use block::{Block, BlockError, BlockState};
 pub use chain::{Buffers, Chain, ChainError};
 pub use fs::{Fs, FsError, FsState};
 pub use mmio::{MmioTransport, RestoreError, TransportState};
+pub use net::{Net, NetError, NetState};
 pub use pmem::{Pmem, PmemError, PmemState};
 pub use queue::{DeviceIo, QueueError, QueueState};
 pub use rng::{Rng, RngState};

@@ -77,7 +77,8 @@ pub(super) struct VirtQueue {
     /// Stale in `ready`, `next_avail` and `next_used` while `ring` is there.
     pub(super) registers: QueueState,
     ring: Option<Queue>,
-    used_added: bool,
+    /// Chains given back since the driver was last asked whether it wants to know.
+    used_added: u16,
 }
 
 impl VirtQueue {
@@ -87,7 +88,7 @@ impl VirtQueue {
             max_size,
             registers: QueueState::fresh(max_size),
             ring: None,
-            used_added: false,
+            used_added: 0,
         }
     }
 
@@ -166,7 +167,7 @@ impl VirtQueue {
     /// Stops the ring; a driver that enables it again starts it from the front.
     pub(super) fn disable(&mut self) {
         self.ring = None;
-        self.used_added = false;
+        self.used_added = 0;
         self.registers.next_avail = 0;
         self.registers.next_used = 0;
     }
@@ -197,9 +198,42 @@ impl VirtQueue {
         if let Some(ring) = &mut self.ring {
             ring.add_used(memory, head, written)
                 .map_err(|source| QueueError::Ring { queue, source })?;
-            self.used_added = true;
+            self.used_added = self.used_added.saturating_add(1);
         }
         Ok(())
+    }
+
+    /// Gives several chains back, of which the driver sees all or none.
+    fn push_used_together(
+        &mut self,
+        memory: &GuestMemory,
+        chains: &[(u16, u32)],
+    ) -> Result<(), QueueError> {
+        let Some((last, others)) = chains.split_last() else {
+            return Ok(());
+        };
+        if let Some(ring) = &mut self.ring {
+            let queue = self.index;
+            let mut next = ring.next_used();
+            for (head, written) in others {
+                // §2.7.8: elements of a head and a length follow flags and index.
+                let offset = 4 + 8 * u64::from(next % ring.size());
+                let at = GuestAddress(ring.used_ring().saturating_add(offset));
+                let element = [u32::from(*head).to_le(), written.to_le()];
+                memory
+                    .write_obj(element, at)
+                    .map_err(|e| QueueError::Ring {
+                        queue,
+                        source: virtio_queue::Error::GuestMemory(e),
+                    })?;
+                next = next.wrapping_add(1);
+            }
+            // The index is stored with the last.
+            ring.set_next_used(next);
+            // No more than the queue is long.
+            self.used_added = self.used_added.saturating_add(others.len() as u16);
+        }
+        self.push_used(memory, last.0, last.1)
     }
 
     /// Chains that are available and not taken.
@@ -249,15 +283,32 @@ impl VirtQueue {
     }
 
     /// Whether the driver is to be interrupted for what was given back since the
-    /// last call.
+    /// last call (§2.7.7.2).
     pub(super) fn take_interrupt(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
         let queue = self.index;
-        match &mut self.ring {
-            Some(ring) if std::mem::take(&mut self.used_added) => ring
-                .needs_notification(memory)
-                .map_err(|source| QueueError::Ring { queue, source }),
-            _ => Ok(false),
+        let added = std::mem::take(&mut self.used_added);
+        let Some(ring) = self.ring.as_ref().filter(|_| added != 0) else {
+            return Ok(false);
+        };
+        if !ring.event_idx_enabled() {
+            return Ok(true);
         }
+        // The driver stores used_event, then looks at the index; we do the reverse, and
+        // one of the two must see the other.
+        fence(Ordering::SeqCst);
+        // §2.7.6: used_event follows the available heads.
+        let offset = 4 + 2 * u64::from(ring.size());
+        let used_event: u16 = memory
+            .load(
+                GuestAddress(ring.avail_ring().saturating_add(offset)),
+                Ordering::Relaxed,
+            )
+            .map_err(|e| QueueError::Ring {
+                queue,
+                source: virtio_queue::Error::GuestMemory(e),
+            })?;
+        let ahead = ring.next_used().wrapping_sub(u16::from_le(used_event));
+        Ok(ahead.wrapping_sub(1) < added)
     }
 }
 
@@ -265,11 +316,31 @@ impl VirtQueue {
 pub struct DeviceIo<'m> {
     memory: &'m DeviceMemory,
     queues: &'m mut [VirtQueue],
+    features: u64,
 }
 
 impl<'m> DeviceIo<'m> {
-    pub(super) fn new(memory: &'m DeviceMemory, queues: &'m mut [VirtQueue]) -> Self {
-        Self { memory, queues }
+    pub(super) fn new(
+        memory: &'m DeviceMemory,
+        queues: &'m mut [VirtQueue],
+        features: u64,
+    ) -> Self {
+        Self {
+            memory,
+            queues,
+            features,
+        }
+    }
+
+    /// The features that the driver has taken.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Entries of a queue; none if it is not set up.
+    pub fn size(&self, queue: usize) -> u16 {
+        let ring = self.queues.get(queue).and_then(|q| q.ring.as_ref());
+        ring.map_or(0, QueueT::size)
     }
 
     /// Takes the next available chain; `None` if there is none, or the queue is
@@ -302,6 +373,23 @@ impl<'m> DeviceIo<'m> {
                 chain.head(),
                 u32::try_from(written).unwrap_or(u32::MAX),
             ),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives several chains back at once, each with the number of bytes written to it:
+    /// the driver sees all of them or none.
+    pub fn push_used_together(
+        &mut self,
+        queue: usize,
+        chains: &[(Chain<'m>, usize)],
+    ) -> Result<(), QueueError> {
+        let used: Vec<(u16, u32)> = chains
+            .iter()
+            .map(|(chain, written)| (chain.head(), u32::try_from(*written).unwrap_or(u32::MAX)))
+            .collect();
+        match self.queues.get_mut(queue) {
+            Some(q) => q.push_used_together(&self.memory.ram, &used),
             None => Ok(()),
         }
     }

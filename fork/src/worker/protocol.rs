@@ -26,8 +26,8 @@ pub(crate) enum ToWorker {
         /// Guest memory, in bytes.
         memory: u64,
     },
-    /// Make it a child, and run it. With it: the files of the disks that it has, and the
-    /// socket to the server of its volumes.
+    /// Make it a child, and run it. With it: the files of the disks that it has, the
+    /// socket to the server of its volumes, and the tap of its network.
     Start {
         asked: Moment,
         /// What the identity page is to hold.
@@ -36,6 +36,7 @@ pub(crate) enum ToWorker {
         has_mounted: bool,
         has_writable: bool,
         has_volumes: bool,
+        has_network: bool,
         map_root: bool,
         hold: bool,
     },

@@ -84,12 +84,14 @@ impl Remote {
     /// Asks it to run the child, whose volumes `server` serves.
     pub(crate) fn start(&self, request: &Request, server: Option<&OwnedFd>) -> Result<(), Error> {
         let disks = &request.disks;
+        let tap = request.network.as_ref().map(|network| &network.tap);
         let files = [&disks.root, &disks.mounted, &disks.writable]
             .into_iter()
             .flatten();
         let descriptors: Vec<BorrowedFd<'_>> = files
             .map(AsFd::as_fd)
             .chain(server.map(AsFd::as_fd))
+            .chain(tap.map(AsFd::as_fd))
             .collect();
         let message = ToWorker::Start {
             asked: request.asked,
@@ -98,6 +100,7 @@ impl Remote {
             has_mounted: disks.mounted.is_some(),
             has_writable: disks.writable.is_some(),
             has_volumes: server.is_some(),
+            has_network: tap.is_some(),
             map_root: request.map_root,
             hold: request.hold,
         };

@@ -71,6 +71,7 @@ impl Worker {
                 has_mounted,
                 has_writable,
                 has_volumes,
+                has_network,
                 map_root,
                 hold,
             } => {
@@ -85,6 +86,8 @@ impl Worker {
                 let mut birth = self.birth(&prepared, &identity, disks, map_root, hold);
                 let server = has_volumes.then(|| with.next()).flatten();
                 birth.volumes = server.map(OwnedFd::from);
+                let tap = has_network.then(|| with.next()).flatten();
+                birth.tap = tap.map(OwnedFd::from);
                 let vm = prepared.start(asked, birth).map_err(|e| e.to_string())?;
                 let started = FromWorker::Started {
                     timeline: vm.timeline(),
@@ -150,6 +153,7 @@ impl Worker {
         Birth {
             disks,
             volumes: None,
+            tap: None,
             map_root,
             patches: vec![(identity::GPA, identity.to_vec())],
             events: sink,

@@ -13,13 +13,14 @@ extern crate alloc;
 
 pub mod doorbell;
 pub mod identity;
+pub mod network;
 pub mod options;
 pub mod protocol;
 pub mod task;
 
 /// The version of everything in this crate. The agent stores it into
 /// [`doorbell::FORK_POINT`], so that a mismatch is found before any fork.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// The size of a guest page, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

@@ -235,6 +235,9 @@ pub struct ContainerSpec {
     /// Whether the disk of the writable layer is the empty one that was mounted before
     /// the fork point, and not another. Said by the fork.
     pub mounted_disk: bool,
+    /// Whether the guest's interface leads anywhere: then the container has it; else it
+    /// has a network of its own, with nothing but a loopback. Said by the fork.
+    pub network: bool,
     /// What lies over the read-only image.
     pub writable: Writable,
     /// Whether the container will say when it is warm: it finds the socket and the

@@ -24,7 +24,10 @@ use vm_run_abi::options::ContainerOptions;
 pub struct System {
     names: Names,
     /// Each with the place where it goes.
-    directories: [(&'static str, OwnedFd); 3],
+    directories: [(&'static str, OwnedFd); 2],
+    /// /sys, which shows the network of whoever has mounted it: the guest's, and that of
+    /// a container without one.
+    sys: [OwnedFd; 2],
     files: [(&'static str, OwnedFd); 3],
     machine_id: OwnedFd,
 }
@@ -40,6 +43,9 @@ fn under(path: &str) -> String {
     format!("{SYSTEM}{path}")
 }
 
+/// Where /sys is put together that shows the guest's network.
+const GUEST_SYS: &str = "/guest-sys";
+
 /// Keeps mounts made here from everybody else, and the other way round.
 pub fn make_mounts_private() -> Result<(), String> {
     let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -48,8 +54,9 @@ pub fn make_mounts_private() -> Result<(), String> {
 
 impl System {
     /// Puts it together. To be called by the first process of the container's
-    /// namespaces, for whose eyes its file systems are.
-    pub fn prepare() -> Result<Self, String> {
+    /// namespaces, for whose eyes its file systems are. `leave` moves it from the guest's
+    /// network into one of its own.
+    pub fn prepare(leave: impl FnOnce() -> Result<(), String>) -> Result<Self, String> {
         make_directory_with(SYSTEM, 0o755)?;
         let options = c"size=64k,mode=755";
         mount("tmpfs", SYSTEM, "tmpfs", MountFlags::NOATIME, options)?;
@@ -57,16 +64,15 @@ impl System {
             .map_err(|e| format!("cannot make the files with the hostname: {e}"))?;
         fs::write(under("/resolv.conf"), "")
             .map_err(|e| format!("cannot make a resolv.conf: {e}"))?;
+        mount_sys(GUEST_SYS)?;
+        leave()?;
         mount_system()?;
         fill_dev()?;
         protect_system()?;
         let system = Self {
             names,
-            directories: [
-                ("/proc", take("/proc")?),
-                ("/dev", take("/dev")?),
-                ("/sys", take("/sys")?),
-            ],
+            directories: [("/proc", take("/proc")?), ("/dev", take("/dev")?)],
+            sys: [take("/sys")?, take(GUEST_SYS)?],
             files: [
                 ("/etc/hostname", take("/hostname")?),
                 ("/etc/hosts", take("/hosts")?),
@@ -78,13 +84,27 @@ impl System {
         Ok(system)
     }
 
+    /// Of which it places one only: the other is to be held by the agent, or it is taken
+    /// apart.
+    pub fn views(&self) -> &[OwnedFd] {
+        &self.sys
+    }
+
     /// Puts it where the container finds it, in a root that is the root by now, and
     /// returns the files with the hostname, open.
-    pub fn place(self, hostname: &str, options: &ContainerOptions) -> Result<Names, String> {
+    /// With a network it is in the guest's.
+    pub fn place(
+        self,
+        hostname: &str,
+        network: bool,
+        options: &ContainerOptions,
+    ) -> Result<Names, String> {
         self.names
             .write(hostname, &options.domainname, &options.hosts)
             .map_err(|e| format!("cannot write the files with the hostname: {e}"))?;
-        for (target, tree) in self.directories {
+        let [own_sys, guest_sys] = self.sys;
+        let sys = if network { guest_sys } else { own_sys };
+        for (target, tree) in self.directories.into_iter().chain([("/sys", sys)]) {
             make_directory(target)?;
             put(&tree, target, MoveMountFlags::MOVE_MOUNT_T_SYMLINKS)?;
         }
@@ -127,7 +147,7 @@ pub fn namespaces() -> Result<Vec<OwnedFd>, String> {
         rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| format!("cannot open {path}: {e}"))
     };
-    ["mnt", "ipc", "pid", "cgroup"]
+    ["mnt", "ipc", "pid", "cgroup", "net"]
         .into_iter()
         .map(open)
         .collect()
@@ -166,10 +186,21 @@ fn mount_system() -> Result<(), String> {
     on("/dev/pts", "devpts", pts, pts_options)?;
     on("/dev/shm", "tmpfs", PLAIN, c"mode=1777,size=65536k")?;
     on("/dev/mqueue", "mqueue", PLAIN, c"")?;
-    let sys = PLAIN | MountFlags::RDONLY;
-    on("/sys", "sysfs", sys, c"")?;
-    let cgroups = under("/sys/fs/cgroup");
-    mount("cgroup2", &cgroups, "cgroup2", sys, c"")
+    mount_sys("/sys")
+}
+
+/// Mounts a /sys of the network that this process is in.
+fn mount_sys(target: &str) -> Result<(), String> {
+    let target = under(target);
+    make_directory(&target)?;
+    let flags = PLAIN | MountFlags::RDONLY;
+    mount("sysfs", &target, "sysfs", flags, c"")?;
+    let cgroups = format!("{target}/fs/cgroup");
+    mount("cgroup2", &cgroups, "cgroup2", flags, c"")?;
+    let masked = MASKED.iter().filter_map(|path| path.strip_prefix("/sys"));
+    masked
+        .into_iter()
+        .try_for_each(|path| hide(&format!("{target}{path}")))
 }
 
 fn fill_dev() -> Result<(), String> {
@@ -228,7 +259,8 @@ pub const READ_ONLY: [&str; 5] = [
     "/proc/sysrq-trigger",
 ];
 
-/// Hides and locks the paths above, as far as the kernel has them.
+/// Hides and locks the paths above, as far as the kernel has them; those in /sys are
+/// hidden by now.
 fn protect_system() -> Result<(), String> {
     for path in READ_ONLY.map(under) {
         if Path::new(&path).exists() {
@@ -236,14 +268,17 @@ fn protect_system() -> Result<(), String> {
             make_read_only(&path, PLAIN)?;
         }
     }
-    for path in MASKED.map(under) {
-        match fs::metadata(&path) {
-            Ok(found) if found.is_dir() => {
-                mount("tmpfs", &path, "tmpfs", MountFlags::RDONLY, c"size=4k")?;
-            }
-            Ok(_) => bind(&under("/dev/null"), &path)?,
-            Err(_) => {}
+    let masked = MASKED.iter().filter(|path| !path.starts_with("/sys"));
+    masked.into_iter().try_for_each(|path| hide(&under(path)))
+}
+
+/// Hides a path from the container, if the kernel has it.
+fn hide(path: &str) -> Result<(), String> {
+    match fs::metadata(path) {
+        Ok(found) if found.is_dir() => {
+            mount("tmpfs", path, "tmpfs", MountFlags::RDONLY, c"size=4k")
         }
+        Ok(_) => bind(&under("/dev/null"), path),
+        Err(_) => Ok(()),
     }
-    Ok(())
 }

@@ -6,6 +6,7 @@
 //! - [`serve`]: the event loop over [`poll`], [`control`] with its [`frame`]s and
 //!   [`streams`], and the [`container`] of [`process`]es that it serves;
 //! - [`warm`], [`names`], [`freezer`]: what a warm container has beside;
+//! - [`network`]: the guest's network, and that of a container without one;
 //! - [`prepared`]: the container's first process, made before the fork point;
 //! - [`spawn`], then in the new process [`report`], [`rootfs`], [`jail`], [`user`],
 //!   [`exec`]: the way of a process of the container from the agent to its program;
@@ -30,6 +31,7 @@ pub mod init;
 pub mod jail;
 pub mod mounts;
 pub mod names;
+pub mod network;
 pub mod options;
 pub mod poll;
 pub mod prepared;

@@ -13,6 +13,7 @@ use vm_run_agent::devices::Rules;
 use vm_run_agent::doorbell::Doorbell;
 use vm_run_agent::freezer::Freezer;
 use vm_run_agent::identity::ForkPoint;
+use vm_run_agent::network::{self, Network};
 use vm_run_agent::prepared::Prepared;
 use vm_run_agent::rootfs::{self, Disks};
 use vm_run_agent::serve::{Done, Server};
@@ -95,11 +96,11 @@ fn boot() -> Result<(&'static ForkPoint, Server), String> {
     check_machine(has_devtmpfs)?;
 
     set_limits()?;
-    set_network_defaults()?;
-    sys::loopback_up().map_err(|e| format!("cannot bring the loopback interface up: {e}"))?;
+    network::set_defaults()?;
+    let network = Network::set_up()?;
     let prepared = ForkPoint::prepare(doorbell)?;
     let fork_point = FORK_POINT.get_or_init(|| prepared);
-    Ok((fork_point, prepare_server()?))
+    Ok((fork_point, prepare_server(network)?))
 }
 
 fn set_limits() -> Result<(), String> {
@@ -109,24 +110,6 @@ fn set_limits() -> Result<(), String> {
             maximum: limit,
         };
         setrlimit(resource, both).map_err(|e| format!("cannot set limits: {e}"))?;
-    }
-    Ok(())
-}
-
-/// Docker's: everybody may listen on any port and send pings (moby
-/// daemon/oci_linux.go). The network is the container's own.
-fn set_network_defaults() -> Result<(), String> {
-    for (name, value) in [
-        ("ip_unprivileged_port_start", "0"),
-        ("ping_group_range", "0 2147483647"),
-    ] {
-        let path = format!("/proc/sys/net/ipv4/{name}");
-        match std::fs::write(&path, value) {
-            Ok(()) => {}
-            // A kernel without IPv4.
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(format!("cannot write {path}: {e}")),
-        }
     }
     Ok(())
 }
@@ -147,7 +130,7 @@ fn check_machine(has_devtmpfs: bool) -> Result<(), String> {
 }
 
 /// Opens all that the event loop works with, and makes the container's first process.
-fn prepare_server() -> Result<Server, String> {
+fn prepare_server(network: Option<Network>) -> Result<Server, String> {
     mounts::enable_controllers()?;
     let cgroup = mounts::make_cgroup("container")?;
     let resources = Resources {
@@ -169,6 +152,7 @@ fn prepare_server() -> Result<Server, String> {
         rules: Rules::prepare(cgroup.as_fd())
             .map_err(|e| format!("cannot load the rules for devices: {e}"))?,
         cgroup,
+        network,
         helper: "/warm".to_owned(),
         agent: pidfd_open(getpid(), PidfdFlags::empty())
             .map_err(|e| format!("cannot open a pidfd of the agent: {e}"))?,
@@ -176,6 +160,9 @@ fn prepare_server() -> Result<Server, String> {
     let signals = sys::child_signals().map_err(|e| format!("cannot watch for SIGCHLD: {e}"))?;
     let prepared = Prepared::fork(&resources)
         .map_err(|failure| format!("cannot prepare a container: {}", failure.message))?;
+    if let Some(network) = &resources.network {
+        network.settle();
+    }
     let listener = sys::listen_vsock(PORT).map_err(|e| format!("cannot listen on vsock: {e}"))?;
     Server::new(listener, signals, resources, prepared)
         .map_err(|e| format!("cannot make an epoll: {e}"))

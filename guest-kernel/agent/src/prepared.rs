@@ -10,6 +10,7 @@ use crate::exec::{Failure, Program};
 use crate::frame::{self, Reader};
 use crate::init::Init;
 use crate::jail::{self, System};
+use crate::network;
 use crate::options;
 use crate::report::{self, Report, Reporter};
 use crate::rootfs::{self, Layers};
@@ -114,10 +115,12 @@ fn live(
     jail::make_mounts_private()?;
     rootfs::make_mount_points()?;
     let empty = rootfs::mount_empty(&resources.disks)?;
-    let system = System::prepare()?;
+    let system = System::prepare(network::leave)?;
     settle().map_err(|e| step("lock memory", &e))?;
-    let sent = reporter.prepared(&jail::namespaces()?, empty.as_ref());
-    sent.map_err(|e| step("report", &e))?;
+    let namespaces = jail::namespaces()?;
+    let held = namespaces.iter().chain(empty.iter().map(|empty| &empty.0));
+    let held: Vec<_> = held.chain(system.views()).map(AsFd::as_fd).collect();
+    reporter.prepared(&held).map_err(|e| step("report", &e))?;
 
     // The fork point is here.
     let order: (ContainerSpec, Option<ProcessSpec>) = match Reader::new(MAX_FRAME).next(told) {
@@ -128,6 +131,12 @@ fn live(
     };
     let (container, process) = order;
     let hostname = spawn::hostname();
+    if container.network {
+        match &resources.network {
+            Some(network) => network.enter()?,
+            None => return Err(step("connect it", &"the kernel lacks CONFIG_VIRTIO_NET")),
+        }
+    }
     let root = rootfs::mount_root(&resources.disks, &container, empty.as_ref())?;
     let sent = reporter.layers(&Layers::open()?);
     sent.map_err(|e| step("report", &e))?;
@@ -151,7 +160,7 @@ fn live(
     };
     jail::enter(&root)?;
     volumes.place_under()?;
-    let names = system.place(&hostname, wanted)?;
+    let names = system.place(&hostname, container.network, wanted)?;
     options::complete(wanted)?;
     volumes.place_over()?;
     options::lock_tmpfs(&wanted.tmpfs)?;

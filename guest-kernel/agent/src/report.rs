@@ -3,7 +3,7 @@
 
 use crate::exec::Failure;
 use crate::names::Names;
-use crate::rootfs::{Empty, Layers};
+use crate::rootfs::Layers;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{OFlags, fcntl_setfl};
@@ -21,7 +21,7 @@ use vm_run_abi::protocol::StartFailure;
 #[derive(Debug)]
 pub enum Report {
     /// The container's first process waits for its program; see [`crate::prepared`].
-    /// Its namespaces, and the empty layer if there is one.
+    /// Its namespaces, the trees that show them, and the empty layer if there is one.
     Prepared(Vec<OwnedFd>),
     /// The terminal: master and slave side.
     Terminal(OwnedFd, OwnedFd),
@@ -50,7 +50,7 @@ const FAILED: u8 = b'F';
 const REPORT_MAX: usize = 8 << 10;
 
 /// How many descriptors a report can carry.
-const DESCRIPTORS_MAX: usize = 5;
+const DESCRIPTORS_MAX: usize = 8;
 
 /// The new process's side.
 #[derive(Debug)]
@@ -66,10 +66,8 @@ pub fn channel() -> Result<(OwnedFd, Reporter), Errno> {
 
 impl Reporter {
     /// [`Report::Prepared`]
-    pub fn prepared(&self, namespaces: &[OwnedFd], empty: Option<&Empty>) -> Result<(), Errno> {
-        let all = namespaces.iter().chain(empty.map(|e| &e.0));
-        let all: Vec<_> = all.map(AsFd::as_fd).collect();
-        self.send(PREPARED, &[], &all)
+    pub fn prepared(&self, held: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        self.send(PREPARED, &[], held)
     }
 
     /// [`Report::Terminal`]

@@ -9,6 +9,7 @@ use crate::exec::{self, Failure, Program};
 use crate::freezer::Freezer;
 use crate::jail;
 use crate::mounts;
+use crate::network::Network;
 use crate::options;
 use crate::report::{self, Reporter};
 use crate::rootfs::{Disks, Layers};
@@ -40,6 +41,8 @@ pub struct Resources {
     /// What it may open. The rules are enforced by its first process, which has
     /// its disks to mount before.
     pub rules: Rules,
+    /// The guest's own network, if its kernel has a driver for the interface.
+    pub network: Option<Network>,
     /// The path of the program `warm` (docs/warm.md), which a container that is
     /// to be warm finds a copy of.
     pub helper: String,
@@ -276,7 +279,8 @@ pub fn to_program(
 fn enter(first: BorrowedFd<'_>) -> Result<(), Failure> {
     let all = ThreadNameSpaceType::MOUNT
         | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
-        | ThreadNameSpaceType::CONTROL_GROUP;
+        | ThreadNameSpaceType::CONTROL_GROUP
+        | ThreadNameSpaceType::NETWORK;
     move_into_thread_name_spaces(first, all)
         .map_err(|e| Failure::other(format!("cannot enter the container: {e}")))
 }

@@ -1,7 +1,7 @@
 //! The system calls that rustix does not have, each behind a safe function.
 
 use crate::devices::Instruction;
-use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use rustix::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use rustix::process::Pid;
 use std::ffi::{CStr, CString};
 use std::io;
@@ -211,6 +211,13 @@ pub fn new_cgroup_namespace() -> io::Result<()> {
     Ok(())
 }
 
+/// Moves the calling process into a network namespace of its own.
+pub fn new_network_namespace() -> io::Result<()> {
+    // SAFETY: takes no pointers, and shares no descriptors or memory anew.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
+    Ok(())
+}
+
 /// Marks every descriptor from 3 on to be closed at exec.
 pub fn close_on_exec_from_3() -> io::Result<()> {
     // SAFETY: takes no pointers, and closes nothing now.
@@ -323,29 +330,134 @@ pub fn wipe_stack() {
     }
 }
 
-/// Brings the loopback interface up.
-pub fn loopback_up() -> io::Result<()> {
-    let socket = rustix::net::socket_with(
-        rustix::net::AddressFamily::INET,
-        rustix::net::SocketType::DGRAM,
-        rustix::net::SocketFlags::CLOEXEC,
-        None,
-    )?;
+/// Brings a network interface up.
+pub fn interface_up(name: &str) -> io::Result<()> {
+    let mut request = interface(name)?;
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    ask_network(libc::AF_INET, libc::SIOCSIFFLAGS, &request)
+}
+
+/// Gives an interface its IPv4 address, in a network of `prefix` bits.
+pub fn set_ipv4(name: &str, address: [u8; 4], prefix: u8) -> io::Result<()> {
+    let mut request = interface(name)?;
+    request.ifr_ifru.ifru_addr = ipv4(address);
+    ask_network(libc::AF_INET, libc::SIOCSIFADDR, &request)?;
+    let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
+    request.ifr_ifru.ifru_netmask = ipv4(mask.to_be_bytes());
+    ask_network(libc::AF_INET, libc::SIOCSIFNETMASK, &request)
+}
+
+/// Gives the interface of this number one more IPv6 address, in a network of `prefix`
+/// bits.
+pub fn add_ipv6(index: u32, address: [u8; 16], prefix: u8) -> io::Result<()> {
+    let request = libc::in6_ifreq {
+        ifr6_addr: libc::in6_addr { s6_addr: address },
+        ifr6_prefixlen: prefix.into(),
+        ifr6_ifindex: index as libc::c_int,
+    };
+    ask_network(libc::AF_INET6, libc::SIOCSIFADDR, &request)
+}
+
+/// `struct rtentry` of Linux include/uapi/linux/route.h.
+#[repr(C)]
+struct Route {
+    pad1: libc::c_ulong,
+    destination: libc::sockaddr,
+    gateway: libc::sockaddr,
+    mask: libc::sockaddr,
+    flags: libc::c_ushort,
+    pad2: libc::c_short,
+    pad3: libc::c_ulong,
+    pad4: usize,
+    metric: libc::c_short,
+    /// Of the interface's name, or null.
+    device: usize,
+    mtu: libc::c_ulong,
+    window: libc::c_ulong,
+    irtt: libc::c_ushort,
+}
+
+/// `struct in6_rtmsg` of Linux include/uapi/linux/ipv6_route.h.
+#[repr(C)]
+struct Ipv6Route {
+    destination: [u8; 16],
+    source: [u8; 16],
+    gateway: [u8; 16],
+    kind: u32,
+    destination_len: u16,
+    source_len: u16,
+    metric: u32,
+    info: libc::c_ulong,
+    flags: u32,
+    index: libc::c_int,
+}
+
+/// `RTF_UP | RTF_GATEWAY` of both files.
+const TO_GATEWAY: u16 = 1 | 2;
+
+/// Sends by `gateway` whatever goes nowhere else by IPv4.
+pub fn add_ipv4_default(gateway: [u8; 4]) -> io::Result<()> {
+    // SAFETY: a route is plain integers, for which zero is a value.
+    let mut route: Route = unsafe { zeroed() };
+    route.destination = ipv4([0; 4]);
+    route.gateway = ipv4(gateway);
+    route.mask = ipv4([0; 4]);
+    route.flags = TO_GATEWAY;
+    ask_network(libc::AF_INET, libc::SIOCADDRT, &route)
+}
+
+/// The same by IPv6, on the interface of this number.
+pub fn add_ipv6_default(index: u32, gateway: [u8; 16]) -> io::Result<()> {
+    let route = Ipv6Route {
+        destination: [0; 16],
+        source: [0; 16],
+        gateway,
+        kind: 0,
+        destination_len: 0,
+        source_len: 0,
+        metric: 1024,
+        info: 0,
+        flags: TO_GATEWAY.into(),
+        index: index as libc::c_int,
+    };
+    ask_network(libc::AF_INET6, libc::SIOCADDRT, &route)
+}
+
+/// A request that concerns the interface of this name.
+fn interface(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: ifreq is integers and unions of integers and pointers, for which
     // zero is a value.
     let mut request: libc::ifreq = unsafe { zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-        *to = *from as libc::c_char;
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    // SAFETY: the kernel reads one ifreq, which lives through the call.
-    check(unsafe {
-        libc::ioctl(
-            socket.as_fd().as_raw_fd(),
-            libc::SIOCSIFFLAGS,
-            &raw const request,
-        )
-    })?;
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn ipv4(address: [u8; 4]) -> libc::sockaddr {
+    // A sockaddr_in has its port in the first two bytes.
+    let mut data = [0; 14];
+    for (to, from) in data[2..].iter_mut().zip(address) {
+        *to = from as libc::c_char;
+    }
+    libc::sockaddr {
+        sa_family: libc::AF_INET as libc::sa_family_t,
+        sa_data: data,
+    }
+}
+
+/// Asks the network of the kernel, by an ioctl on a socket of this family. `request` is
+/// the structure that `number` takes, which the kernel only reads.
+fn ask_network<T>(family: libc::c_int, number: libc::c_ulong, request: &T) -> io::Result<()> {
+    let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC;
+    // SAFETY: takes no pointers.
+    let socket = own(unsafe { libc::socket(family, kind, 0) })?;
+    // SAFETY: the callers, all above, pass the structure of their number, with no pointer
+    // in it but null; it lives through the call, and these requests write nothing to it.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), number, ptr::from_ref(request)) })?;
     Ok(())
 }
 

@@ -178,7 +178,7 @@ fn files() -> Vec<Call> {
         always(IO, libc::SYS_fdatasync),
         // Discard and write-zeroes.
         always(IO, libc::SYS_fallocate),
-        // Streams of the guest's vsock.
+        // Streams of the guest's vsock; frames of its network.
         always(IO, libc::SYS_readv),
         always(IO, libc::SYS_writev),
         // The event loop; a vCPU that resets a device takes it out.

@@ -32,6 +32,7 @@ pub const ALL: &[Case] = cases![
     privileges_are_dockers,
     surroundings_are_dockers,
     mounts_are_these_and_no_others,
+    a_container_has_the_guests_network_or_its_own,
     a_first_process_that_is_gone_is_a_failed_start,
     a_long_command_arrives_whole,
     writable_layers_keep_their_promises,
@@ -386,6 +387,29 @@ fn mounts_are_these_and_no_others(images: &Images) {
     expected.sort();
     let mounts = sh(images, script);
     assert_eq!(mounts.lines().collect::<Vec<_>>(), expected);
+}
+
+fn a_container_has_the_guests_network_or_its_own(images: &Images) {
+    let script = "readlink /proc/self/ns/net; ls /sys/class/net; \
+                  cat /proc/sys/net/ipv4/ip_unprivileged_port_start; \
+                  ping -c 1 -q 127.0.0.1 >/dev/null && echo alive";
+    let guests = fs::read_link("/proc/self/ns/net").unwrap();
+    let guests = guests.to_str().unwrap();
+    let alone = sh(images, script);
+    let (namespace, rest) = alone.split_once('\n').unwrap();
+    assert_ne!(namespace, guests);
+    assert_eq!(rest, "lo\n0\nalive\n");
+
+    let (mut container, process) = shell("readlink /proc/self/ns/net; ls /sys/class/net");
+    container.network = true;
+    let connected = run(images, (container, process));
+    let mut interfaces: Vec<String> = fs::read_dir("/sys/class/net")
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    interfaces.sort();
+    let expected = format!("{guests}\n{}\n", interfaces.join("\n"));
+    assert_eq!(connected.stdout, expected, "{connected:?}");
 }
 
 fn a_first_process_that_is_gone_is_a_failed_start(images: &Images) {

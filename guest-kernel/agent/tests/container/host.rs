@@ -21,6 +21,7 @@ use vm_run_abi::protocol::{
 use vm_run_agent::devices::Rules;
 use vm_run_agent::frame;
 use vm_run_agent::freezer::Freezer;
+use vm_run_agent::network::Network;
 use vm_run_agent::prepared::Prepared;
 use vm_run_agent::rootfs::Disks;
 use vm_run_agent::serve::{Done, Server};
@@ -62,6 +63,7 @@ pub fn serve(args: &[String]) -> ExitCode {
         freezer: Freezer::open(cgroup.as_fd()).unwrap(),
         rules: Rules::prepare(cgroup.as_fd()).unwrap(),
         cgroup,
+        network: Some(Network::of_this_process().unwrap()),
         helper: env!("CARGO_BIN_EXE_warm").to_owned(),
         agent: pidfd_open(getpid(), PidfdFlags::empty()).unwrap(),
     };
