@@ -40,6 +40,12 @@ pub fn run(args: &Args) -> Result<()> {
     }
     step("programs that people run");
     test::guest_tests(vmhost::HostKernel::default(), test::WORKLOADS)?;
+    step("kills at a hundred moments");
+    host::run(
+        Command::new(std::env::current_exe().context("this program has no path")?)
+            .args(["test", "--guest", "kills::"])
+            .env(test::KILLS, "100"),
+    )?;
     step("what root images cost");
     test::guest_tests(vmhost::HostKernel::default(), test::ROOTS)?;
     step("the guest tests on the oldest host kernel that is supported");

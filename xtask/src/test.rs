@@ -54,6 +54,9 @@ fn step(name: &str) {
     eprintln!("test: {name}");
 }
 
+/// How often the tests kill something at random; a few times if nothing is said.
+pub const KILLS: &str = "VM_RUN_TEST_KILLS";
+
 /// Runs the tests of Linux guests that match `filter`.
 pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> {
     let guest = guest::ensure()?;
@@ -71,6 +74,9 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
         ("VM_RUN_TEST_PREFIX", prefix.path().into()),
         ("VM_RUN_BOOT_TIMEOUT", "60".into()),
     ];
+    if let Some(kills) = std::env::var_os(KILLS) {
+        env.push((KILLS, kills.into()));
+    }
     let has_workloads = filter.starts_with(WORKLOADS);
     if has_workloads {
         env.extend(images::workloads::ensure_all()?);
