@@ -19,8 +19,16 @@ const PAGE: u64 = 4;
 const TRUE: &[&str] = &["sh", "-c", ":"];
 const PYTHON: &[&str] = &["python3", "-c", "import ssl, sqlite3, json, asyncio"];
 /// One more file system of the same image, from its disk, and what that is compared with.
-const ONE_MORE: &[&str] = &["sh", "-c", "mount -t erofs -o ro,noatime /dev/vda /mnt"];
-const NONE_MORE: &[&str] = &["sh", "-c", "mount -t tmpfs -o ro,noatime /dev/vda /mnt"];
+const ONE_MORE: &[&str] = &[
+    "sh",
+    "-c",
+    "mkdir /more && mount -t erofs -o ro,noatime /dev/vda /more",
+];
+const NONE_MORE: &[&str] = &[
+    "sh",
+    "-c",
+    "mkdir /more && mount -t tmpfs -o ro,noatime none /more",
+];
 
 /// Medians of what a child has paid.
 struct Cost {
@@ -94,6 +102,16 @@ fn one_cost(template: &Template, image: &File, command: &[&str], privileged: boo
     }
 }
 
+fn print(what: &str, cost: &Cost) {
+    let Cost {
+        exec,
+        exit,
+        pages,
+        mapped,
+    } = cost;
+    println!("{what}: exec {exec} ms, exit {exit} ms, own pages {pages}, mapped {mapped:?}");
+}
+
 fn template(domain: &str) -> Template {
     let spec = BootSpec {
         guest: Some(guest()),
@@ -136,15 +154,6 @@ fn ext4(image: &str, dir: &Path) -> File {
 fn each_way_of_a_root_image_has_its_price() {
     world();
     let (shared, apart) = (template(DEFAULT_DOMAIN), template("apart"));
-    let print = |what: &str, cost: &Cost| {
-        let Cost {
-            exec,
-            exit,
-            pages,
-            mapped,
-        } = cost;
-        println!("{what}: exec {exec} ms, exit {exit} ms, own pages {pages}, mapped {mapped:?}");
-    };
     for (name, image, command) in [
         ("busybox", busybox_rootfs(), TRUE),
         (python(), python_rootfs(), PYTHON),
@@ -160,7 +169,13 @@ fn each_way_of_a_root_image_has_its_price() {
         let read = cost(&apart, &ext4, command, false);
         print(&format!("{name}, ext4 read (virtio-blk)"), &read);
     }
-    let image = busybox_rootfs();
+}
+
+/// What a layer of its own for each of an image's would cost.
+#[test]
+fn one_more_layer_has_its_price() {
+    world();
+    let (shared, image) = (template(DEFAULT_DOMAIN), busybox_rootfs());
     print("a tmpfs more", &cost(&shared, &image, NONE_MORE, true));
     print("an EROFS more", &cost(&shared, &image, ONE_MORE, true));
 }
