@@ -13,12 +13,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How often a free name is looked for.
 const NAME_TRIES: usize = 32;
 /// How long a supervisor that has said it ended may take to let go.
 const LET_GO: Duration = Duration::from_secs(5);
+/// How long one that has not said yet that its container runs may take to that.
+const BEGIN: Duration = Duration::from_secs(60);
 /// The status of a container whose supervisor was killed, and its VM with it.
 const KILLED: u8 = 128 + 9;
 
@@ -302,23 +304,39 @@ impl Engine {
         Ok(self.find(&record.id)?.state.exit_code)
     }
 
-    /// Removes a container that is at rest; with `force`, one that lives is ended.
+    /// Removes a container that is at rest; with `force`, one that lives is ended, and one
+    /// that is on its way to that is waited for.
     ///
     /// # Errors
     /// One that lives, or the file system's.
     pub fn remove(&self, record: &Record, force: bool) -> Result<()> {
-        if record.state.status.is_live() {
-            if !force {
-                let (name, status) = (&record.name, record.state.status.word());
-                bail!("container {name} is {status}: stop it first, or remove it with --force");
+        let deadline = Instant::now() + BEGIN;
+        let mut now = record.clone();
+        loop {
+            if now.state.status.is_live() {
+                if !force {
+                    let (name, status) = (&now.name, now.state.status.word());
+                    bail!("container {name} is {status}: stop it first, or remove it with --force");
+                }
+                self.end(&now, &Request::Kill)?;
             }
-            self.end(record, &Request::Kill)?;
+            // One that removes itself is gone by now.
+            if self.store.find(&now.id).is_err() {
+                return Ok(());
+            }
+            if self.remove_directory(&now)? {
+                break;
+            }
+            if !force || Instant::now() >= deadline {
+                bail!(
+                    "container {} is in use: it is being started, or its files are open",
+                    now.name
+                );
+            }
+            if let Ok(again) = self.find(&now.id) {
+                now = again;
+            }
         }
-        // One that removes itself is gone by now.
-        if self.store.find(&record.id).is_err() {
-            return Ok(());
-        }
-        self.remove_directory(record)?;
         self.store.remove(&record.id)?;
         if record.spec.auto_remove {
             self.remove_anonymous_volumes(record)?;
@@ -337,14 +355,15 @@ impl Engine {
         }
     }
 
-    fn remove_directory(&self, record: &Record) -> Result<()> {
+    /// False if somebody owns it.
+    fn remove_directory(&self, record: &Record) -> Result<bool> {
         let directory = self.directory(record);
         if !directory.exists() {
-            return Ok(());
+            return Ok(true);
         }
         match directory.own(LET_GO)? {
-            Some(ownership) => directory.remove(ownership),
-            None => bail!("container {} is in use again", record.name),
+            Some(ownership) => directory.remove(ownership).map(|()| true),
+            None => Ok(false),
         }
     }
 

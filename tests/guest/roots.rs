@@ -6,8 +6,8 @@ use crate::support::{
     Call, boot_timeout, busybox_rootfs, guest, host, own_root, python, python_rootfs, world,
 };
 use fork::{
-    BootSpec, ContainerOptions, ContainerSpec, DEFAULT_DOMAIN, Disks, ForkSpec, ProcessSpec,
-    Stream, Template, Writable,
+    BootSpec, ContainerOptions, ContainerSpec, DEFAULT_DOMAIN, Disks, ForkSpec, ProcessOptions,
+    ProcessSpec, Stream, Template, Writable,
 };
 use std::fs::File;
 use std::path::Path;
@@ -85,6 +85,10 @@ fn one_cost(template: &Template, image: &File, command: &[&str], privileged: boo
         args: command.iter().map(|word| (*word).to_owned()).collect(),
         env: vec!["PATH=/bin:/sbin:/usr/bin:/usr/sbin".into()],
         streams: vec![Stream::Stdout, Stream::Stderr],
+        options: ProcessOptions {
+            capabilities: privileged.then_some(u64::MAX),
+            ..ProcessOptions::default()
+        },
         ..ProcessSpec::default()
     };
     let _streams = child.start(container, process).expect("starts");
