@@ -361,9 +361,12 @@ impl Engine {
         if !directory.exists() {
             return Ok(true);
         }
-        match directory.own(LET_GO)? {
-            Some(ownership) => directory.remove(ownership).map(|()| true),
-            None => Ok(false),
+        match directory.own(LET_GO) {
+            Ok(Some(ownership)) => directory.remove(ownership).map(|()| true),
+            Ok(None) => Ok(false),
+            // By itself, at its end.
+            Err(_) if !directory.exists() => Ok(true),
+            Err(error) => Err(error),
         }
     }
 
