@@ -22,6 +22,10 @@ pub const ALL: &[Case] = cases![
     nonsense_on_the_way_ends_the_agent,
 ];
 
+/// How long a container may take to fill all that lies between it and a host that does
+/// not read. What has room left can be delivered, and the freeze goes well.
+const FILL: Duration = Duration::from_secs(2);
+
 fn warm(script: &str) -> (ContainerSpec, ProcessSpec) {
     let (mut container, process) = shell(script);
     container.warm = true;
@@ -174,7 +178,7 @@ fn an_end_before_the_attach_is_told_after_it(images: &Images) {
     assert_eq!([agent.event(), agent.event()], [STARTED, Event::Warm]);
     let fork_point = freeze_all(&mut agent, streams);
     agent.fork(fork_point, 9, "child");
-    std::thread::sleep(Duration::from_millis(200));
+    std::thread::sleep(FILL);
     // A stream that is not attached is closed with the rest.
     let stdout = agent.stream(Stream::Stdout);
     // The process has no terminal.
@@ -327,7 +331,7 @@ fn what_cannot_be_frozen_runs_on(images: &Images) {
     let mut agent = Agent::start(images);
     let streams = start(&mut agent, warm("cat /dev/zero"));
     assert_eq!(agent.event(), STARTED);
-    std::thread::sleep(Duration::from_millis(200));
+    std::thread::sleep(FILL);
     agent.send(&Request::Freeze);
     agent.signal(libc::SIGKILL);
     let Event::FreezeFailed { message } = agent.event() else {
@@ -344,7 +348,7 @@ fn what_cannot_be_frozen_runs_on(images: &Images) {
     assert_eq!(agent.event(), STARTED);
     streams.stdout.read_exact(&mut vec![0; 500_000]).unwrap();
     // Until everything between the two is full again.
-    std::thread::sleep(Duration::from_millis(200));
+    std::thread::sleep(FILL);
     let message = "the host does not read what the container has written";
     assert_eq!(refused(&mut agent), message);
     streams.stdout.read_exact(&mut vec![0; 2_500_000]).unwrap();
@@ -366,7 +370,7 @@ fn nonsense_on_the_way_ends_the_agent(images: &Images) {
     let mut agent = Agent::start(images);
     let _streams = start(&mut agent, warm("cat /dev/zero"));
     assert_eq!(agent.event(), STARTED);
-    std::thread::sleep(Duration::from_millis(200));
+    std::thread::sleep(FILL);
     agent.send(&Request::Freeze);
     agent.send(&Request::Freeze);
     agent.ends();
