@@ -351,7 +351,7 @@ fn sync_dir(path: &Path) -> Result<(), Error> {
         .map_err(Error::io(path, "sync"))
 }
 
-fn read_bounded(path: &Path, max: u64) -> Result<Vec<u8>, Error> {
+pub(crate) fn read_bounded(path: &Path, max: u64) -> Result<Vec<u8>, Error> {
     let file = File::open(path).map_err(Error::io(path, "open"))?;
     let mut bytes = Vec::new();
     file.take(max + 1)

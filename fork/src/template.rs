@@ -14,7 +14,6 @@ use crate::worker::write_state;
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
@@ -520,13 +519,8 @@ impl Template {
 
 /// What the parent's file system for writable layers lies on, made of the list at `path`.
 fn parents_disk(path: &Path) -> Result<File, Error> {
-    let list = File::open(path).and_then(|file| {
-        let mut list = Vec::new();
-        file.take(LIST_MAX + 1).read_to_end(&mut list).map(|_| list)
-    });
-    let empty = list
-        .and_then(|list| EmptyDisk::from_list(&list))
-        .map_err(Error::io(path, "read"))?;
+    let list = store::read_bounded(path, LIST_MAX)?;
+    let empty = EmptyDisk::from_list(&list).map_err(Error::io(path, "read"))?;
     let file = memfd_create("vm-run-disk", MemfdFlags::CLOEXEC).map(File::from);
     let file = file.map_err(|e| Error::Process(e.into()))?;
     empty.write_to(&file).map_err(Error::Process)?;

@@ -481,10 +481,7 @@ impl VirtioDevice for Block {
     ) -> Result<Progress, QueueError> {
         let mut moved = 0;
         while moved < BURST_MAX {
-            let Some(mut chain) = io.pop(queue)? else {
-                if io.enable_notification(queue)? {
-                    continue;
-                }
+            let Some(mut chain) = io.pop_or_wait(queue)? else {
                 return Ok(Progress::Done);
             };
             // Each request counts for a page at least: a bound on their number.

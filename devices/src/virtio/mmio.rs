@@ -272,11 +272,8 @@ impl<D: VirtioDevice> MmioTransport<D> {
             return;
         }
         let pending = std::mem::take(&mut self.registers.pending_queues);
-        let mut io = DeviceIo::new(
-            &self.memory,
-            &mut self.queues,
-            self.registers.driver_features,
-        );
+        let features = self.registers.driver_features;
+        let mut io = DeviceIo::new(&self.memory, &mut self.queues, features);
         let mut again = 0;
         let mut result = Ok(());
         for queue in (0..u32::BITS as usize).filter(|queue| pending & (1 << queue) != 0) {

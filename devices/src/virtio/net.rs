@@ -201,10 +201,7 @@ impl Net {
             if self.link.as_ref().is_some_and(|link| link.full) {
                 return Ok(Progress::Done);
             }
-            let Some(mut chain) = io.pop(TX)? else {
-                if io.enable_notification(TX)? {
-                    continue;
-                }
+            let Some(mut chain) = io.pop_or_wait(TX)? else {
                 return Ok(Progress::Done);
             };
             moved += FRAME_COST + chain.readable.len();
@@ -236,10 +233,7 @@ impl Net {
                     return Ok(Progress::Done);
                 }
                 // Nothing is read for which there is no place at all.
-                let Some(chain) = io.pop(RX)? else {
-                    if io.enable_notification(RX)? {
-                        continue;
-                    }
+                let Some(chain) = io.pop_or_wait(RX)? else {
                     return Ok(Progress::Done);
                 };
                 moved += FRAME_COST;

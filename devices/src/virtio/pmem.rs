@@ -115,10 +115,7 @@ impl VirtioDevice for Pmem {
         io: &mut DeviceIo<'_>,
     ) -> Result<Progress, QueueError> {
         for _ in 0..BURST_MAX {
-            let Some(mut chain) = io.pop(queue)? else {
-                if io.enable_notification(queue)? {
-                    continue;
-                }
+            let Some(mut chain) = io.pop_or_wait(queue)? else {
                 return Ok(Progress::Done);
             };
             let written =

@@ -352,6 +352,16 @@ impl<'m> DeviceIo<'m> {
         }
     }
 
+    /// Takes the next available chain. If there is none, the driver is asked to notify of
+    /// the next, and one that came meanwhile, without a notification, is taken. Looks
+    /// twice at most: a driver that takes chains away again keeps nobody here.
+    pub fn pop_or_wait(&mut self, queue: usize) -> Result<Option<Chain<'m>>, QueueError> {
+        match self.pop(queue)? {
+            None if self.enable_notification(queue)? => self.pop(queue),
+            popped => Ok(popped),
+        }
+    }
+
     /// Puts the chain that was popped last back, unused.
     pub fn undo_pop(&mut self, queue: usize) {
         if let Some(ring) = self.queues.get_mut(queue).and_then(|q| q.ring.as_mut()) {
@@ -396,7 +406,7 @@ impl<'m> DeviceIo<'m> {
 
     /// Asks the driver to notify of the next chain. True if one is there already
     /// (it may have come without a notification): go on with it.
-    pub fn enable_notification(&mut self, queue: usize) -> Result<bool, QueueError> {
+    fn enable_notification(&mut self, queue: usize) -> Result<bool, QueueError> {
         self.notify_beyond(queue, 0)
     }
 

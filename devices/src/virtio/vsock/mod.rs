@@ -231,10 +231,7 @@ impl Vsock {
     /// it has acted on it, and packets may be sent.
     fn reset_is_over(&mut self, io: &mut DeviceIo<'_>) -> Result<bool, QueueError> {
         while self.transport_reset == TransportReset::Due {
-            let Some(mut chain) = io.pop(EVENT)? else {
-                if io.enable_notification(EVENT)? {
-                    continue;
-                }
+            let Some(mut chain) = io.pop_or_wait(EVENT)? else {
                 return Ok(false);
             };
             let event = EVENT_TRANSPORT_RESET.to_le_bytes();
@@ -263,10 +260,7 @@ impl Vsock {
             if self.replies.len() >= REPLIES_MAX {
                 return Ok(Progress::More);
             }
-            let Some(mut chain) = io.pop(TX)? else {
-                if io.enable_notification(TX)? {
-                    continue;
-                }
+            let Some(mut chain) = io.pop_or_wait(TX)? else {
                 return Ok(Progress::Done);
             };
             let header = Header::read(&mut chain.readable)
@@ -332,10 +326,7 @@ impl Vsock {
             if self.replies.is_empty() && self.line.is_empty() {
                 return Ok(Progress::Done);
             }
-            let Some(mut chain) = io.pop(RX)? else {
-                if io.enable_notification(RX)? {
-                    continue;
-                }
+            let Some(mut chain) = io.pop_or_wait(RX)? else {
                 return Ok(Progress::Done);
             };
             match self.next_packet(&mut chain) {
