@@ -7,6 +7,7 @@ mod disk;
 mod doctor;
 mod guest;
 mod image;
+mod net;
 mod progress;
 mod run;
 mod selftest;
