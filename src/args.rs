@@ -3,6 +3,7 @@
 use crate::bench::BenchCommand;
 use crate::container::cli::ContainerCommand;
 use crate::image::cli::ImageCommand;
+use crate::net::cli::NetworkCommand;
 use crate::templates::TemplateCommand;
 use crate::volume::cli::VolumeCommand;
 use clap::{Parser, Subcommand};
@@ -41,6 +42,9 @@ pub enum Command {
     /// Load, list and remove images
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Make, list, inspect and remove networks, and put containers on them
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Make, list, inspect and remove volumes
     #[command(subcommand)]
     Volume(VolumeCommand),

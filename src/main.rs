@@ -108,6 +108,7 @@ fn dispatch(args: Args) -> anyhow::Result<u8> {
         Command::Container(command) => container::cli::run(command, &root()?),
         Command::Supervise { id } => container::supervisor::main(&root()?, &id).map(|()| 0),
         Command::Image(command) => image::cli::run(command, &root()?).map(|()| 0),
+        Command::Network(command) => net::cli::run(command, &root()?).map(|()| 0),
         Command::Volume(command) => volume::cli::run(command, &root()?).map(|()| 0),
         Command::Template(command) => templates::cli(command, &root()?).map(|()| 0),
         Command::Bench(bench) => bench::cli(bench).map(|()| 0),

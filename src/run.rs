@@ -14,6 +14,7 @@ use crate::container::{
     Engine, Keys, Layer, LogLimits, Options, Record, RestartPolicy, Spec, parse_signal, set_env,
 };
 use crate::image::{self, Access, ImageConfig, PullPolicy, Store};
+use crate::net::{self, NetworkArgs};
 use crate::templates;
 use crate::volume::{self, VolumeArgs};
 use crate::workers::JailArgs;
@@ -100,6 +101,8 @@ pub struct CreateArgs {
     jail: JailArgs,
     #[command(flatten)]
     volumes: VolumeArgs,
+    #[command(flatten)]
+    network: NetworkArgs,
     /// A directory or a file-system image (erofs, ext4) in the place of IMAGE
     #[arg(long, value_name = "PATH")]
     rootfs: Option<PathBuf>,
@@ -269,6 +272,7 @@ fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
         no_jail: args.jail.no_jail,
         auto_remove: args.rm,
         mounts: Vec::new(),
+        network: net::Plan::default(),
         restart,
         log: log_limits(&args.log_opt)?,
         options: Options::default(),
@@ -304,6 +308,7 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
     spec.options = args.options.check(&config)?;
     spec.options.memory = args.size.memory();
     spec.options.nano_cpus = args.size.nano_cpus();
+    spec.network = network(args, &config)?;
     let of_image: Vec<String> = config.volumes.keys().cloned().collect();
     spec.mounts = volume::plan(&args.volumes, &of_image)?;
     if spec.no_jail && !spec.mounts.is_empty() {
@@ -338,6 +343,16 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
         spec.stop_signal = parse_signal(&config.stop_signal)?;
     }
     Ok(())
+}
+
+/// How it is connected; one that asked for nothing and gets nothing is told why.
+fn network(args: &CreateArgs, config: &ImageConfig) -> Result<net::Plan> {
+    let is_root = rustix::process::geteuid().is_root();
+    let (plan, notice) = args.network.plan(config, is_root)?;
+    if let Some(notice) = notice {
+        eprintln!("vm-run: {notice}");
+    }
+    Ok(plan)
 }
 
 /// Docker's names of what is kept of a log.

@@ -2,14 +2,16 @@
 //! template, and frozen when it says that it is warm. docs/warm.md tells how.
 
 use crate::args::size;
+use crate::container::{Options, new_id};
 use crate::image::{Access, ImageConfig, PullPolicy, Store, obtain};
+use crate::net::{self, Attachment, Who};
 use crate::stdio::{self, Copies};
 use crate::templates::{self, MachineArgs};
 use crate::workers::{self, JailArgs};
 use anyhow::Result;
 use fork::{
-    Child, ContainerSpec, Disks, Error, ForkSpec, Host, Place, Pool, ProcessSpec, StartFailure,
-    Stream, Template, Writable,
+    Child, ContainerOptions, ContainerSpec, Disks, Error, ForkSpec, Host, Place, Pool, ProcessSpec,
+    StartFailure, Stream, Template, Writable,
 };
 use std::path::Path;
 use std::sync::Arc;
@@ -33,6 +35,10 @@ pub struct WarmArgs {
     /// kept [default: half]
     #[arg(long, value_name = "SIZE", value_parser = size, requires = "warm")]
     writable_memory: Option<u64>,
+    /// The network of the container while it warms, without which its children have none:
+    /// bridge, one of one's own, or none [default: bridge, and none without root]
+    #[arg(long, value_name = "NETWORK", requires = "warm")]
+    network: Option<String>,
     #[command(flatten)]
     jail: JailArgs,
 }
@@ -56,6 +62,7 @@ pub fn build(
     let host = Arc::new(Host::open()?);
     let bare = templates::default_for(root, host, machine, domain)?;
     let pool = Pool::new(Arc::new(bare), Place::Workers(workers), 0)?;
+    let network = connect(args.network.as_deref(), root)?;
     let mut child = pool.fork(ForkSpec {
         hostname: "warm".into(),
         disks: Disks {
@@ -63,6 +70,7 @@ pub fn build(
             writable: None,
         },
         domain: domain.into(),
+        network: network.as_ref().map(Attachment::tap).transpose()?,
         ..ForkSpec::default()
     })?;
     let container = ContainerSpec {
@@ -70,6 +78,10 @@ pub fn build(
             limit: args.writable_memory.unwrap_or(machine.memory / 2),
         },
         warm: true,
+        options: match &network {
+            Some(network) => Options::default().container(machine.cpus, &network.naming(&[])),
+            None => ContainerOptions::default(),
+        },
         ..ContainerSpec::default()
     };
     let mut process = match child.start(container, process(&found.config, line)) {
@@ -82,6 +94,24 @@ pub fn build(
     let _stdin = process.stdin.take();
     let output = stdio::to_stderr(process)?;
     freeze(child, Duration::from_secs(args.warm_timeout), image, output)
+}
+
+/// Puts the container on a network until it is frozen.
+fn connect(wanted: Option<&str>, root: &Path) -> Result<Option<Attachment>> {
+    let network = match wanted {
+        Some("none") => return Ok(None),
+        Some(name) => name,
+        None if rustix::process::geteuid().is_root() => net::DEFAULT,
+        None => return Ok(None),
+    };
+    let plan = net::Plan::of(network);
+    let who = Who {
+        root,
+        id: &new_id()?,
+        name: "warm",
+        dns: &[],
+    };
+    Attachment::new(&who, &plan).map(Some)
 }
 
 /// Waits until the container is warm, and freezes it. What it says until then comes

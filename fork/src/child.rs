@@ -185,6 +185,7 @@ impl Child {
             cwd: process.cwd.clone(),
             user: process.user.clone(),
             streams: process.streams.clone(),
+            has_network: self.born.has_network,
         };
         self.complete(&mut container);
         let request = Request::StartContainer { container, process };

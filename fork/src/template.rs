@@ -59,6 +59,8 @@ pub struct Warm {
     pub user: String,
     /// The streams that its first process has.
     pub streams: Vec<Stream>,
+    /// Whether it is on the guest's network: a child's tap is of use to no other.
+    pub has_network: bool,
 }
 
 /// What to boot for a template.

@@ -110,6 +110,14 @@ pub enum ContainerCommand {
     },
     /// Print what a container has said
     Logs(logs::Args),
+    /// Print which ports of the host are a container's
+    Port {
+        /// Its name or id
+        container: String,
+        /// Only this port of the container
+        #[arg(value_name = "PORT[/PROTOCOL]")]
+        port: Option<String>,
+    },
     /// Run one more command in a container
     Exec(ExecArgs),
     /// Show a running container's output, and give it our input
@@ -243,6 +251,16 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
                 engine.end(record, &request())?;
                 engine.start(record, None).map(drop)
             });
+        }
+        ContainerCommand::Port { container, port } => {
+            let record = engine.find(&container)?;
+            let lines = crate::net::port_lines(&record, port.as_deref());
+            if let (Some(port), []) = (&port, &lines[..]) {
+                bail!("no public port {port} published for {container}");
+            }
+            for line in lines {
+                writeln!(out, "{line}")?;
+            }
         }
         ContainerCommand::Kill { signal, containers } => {
             let signal = parse_signal(&signal)?;

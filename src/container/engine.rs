@@ -6,7 +6,7 @@ use super::store::Store;
 use super::wire::{self, Answer, Request, Window};
 use super::{LOG, ROOT, WRITABLE, id};
 use crate::volume::Store as Volumes;
-use crate::{disk, guest, templates};
+use crate::{disk, guest, net, templates};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -45,6 +45,10 @@ impl Engine {
     /// # Errors
     /// One line.
     pub fn open(root: &Path) -> Result<Self> {
+        // No command is held up by what an earlier one has left.
+        if let Err(error) = net::Host::sweep_if_needed(root) {
+            log::warn!("networks cannot be cleaned up: {error:#}");
+        }
         Ok(Self {
             root: root.to_owned(),
             store: Store::open(root)?,
@@ -78,6 +82,7 @@ impl Engine {
         if record.spec.hostname.is_empty() {
             record.spec.hostname = id::short(&record.id).to_owned();
         }
+        self.check_networks(&record.spec)?;
         let volumes = Volumes::of(&self.root).make_for(&record.spec.mounts)?;
         let (directory, ownership) =
             Directory::make(&self.root, &record.id, |dir| fill(dir, &record.spec))?;
@@ -102,6 +107,20 @@ impl Engine {
                 .map(|record| (record.name, record.spec.mounts))
                 .collect())
         })
+    }
+
+    /// Before anything is made: networks that are there, or that are made when they are used.
+    fn check_networks(&self, spec: &Spec) -> Result<()> {
+        if spec.network.is_default() {
+            return Ok(());
+        }
+        let store = net::Store::open(&self.root)?;
+        for one in &spec.network.networks {
+            if !one.is_default() {
+                store.find(&one.network)?;
+            }
+        }
+        Ok(())
     }
 
     fn free_name(&self) -> Result<String> {
@@ -376,7 +395,46 @@ impl Engine {
     /// A name that is taken, or none.
     pub fn rename(&self, record: &Record, name: &str) -> Result<()> {
         id::check_name(name)?;
-        self.store.rename(&record.id, name)
+        self.store.rename(&record.id, name)?;
+        if record.spec.network.is_connected() {
+            net::Store::open(&self.root)?.rename(&record.id, name)?;
+        }
+        Ok(())
+    }
+
+    /// Puts a container on one more network; at once if it runs.
+    ///
+    /// # Errors
+    /// No such network, or one that it is on.
+    pub fn connect(&self, record: &Record, membership: &net::Membership) -> Result<()> {
+        let mut spec = record.spec.clone();
+        let on_it = |one: &net::Membership| one.network == membership.network;
+        if spec.network.networks.iter().any(on_it) {
+            let (name, network) = (&record.name, &membership.network);
+            bail!("container {name} is on network {network} already");
+        }
+        if record.state.status.is_live() {
+            self.ask(record, &Request::Connect(membership.clone()))?;
+        }
+        spec.network.networks.push(membership.clone());
+        self.store.set_spec(&record.id, &spec)
+    }
+
+    /// Takes a container off a network; at once if it runs.
+    ///
+    /// # Errors
+    /// One that it is not on.
+    pub fn disconnect(&self, record: &Record, network: &str) -> Result<()> {
+        let mut spec = record.spec.clone();
+        let networks = &mut spec.network.networks;
+        let Some(at) = networks.iter().position(|one| one.network == network) else {
+            bail!("container {} is not on network {network}", record.name);
+        };
+        networks.remove(at);
+        if record.state.status.is_live() {
+            self.ask(record, &Request::Disconnect(network.to_owned()))?;
+        }
+        self.store.set_spec(&record.id, &spec)
     }
 
     /// Docker's objects for what of the host's it sees.

@@ -35,8 +35,9 @@ pub use capabilities::normalize as normalize_capability;
 pub use engine::{Engine, Refused};
 pub use id::{check_name, is_id, new_id};
 pub use keys::Keys;
-pub use options::{HealthCheck, Memory, Options, Ulimit};
+pub use options::{HOST_GATEWAY, HealthCheck, Memory, Options, Ulimit};
 pub use record::{Layer, LogLimits, Record, RestartPolicy, Spec};
+pub use show::columns;
 pub use signal::parse as parse_signal;
 
 /// Its root file system, in its directory.

@@ -2,6 +2,7 @@
 //! been checked when the container was made.
 
 use super::capabilities;
+use crate::net::Naming;
 use fork::{ContainerOptions, Limit, ProcessOptions, Tmpfs};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -34,7 +35,7 @@ pub struct Options {
     pub group_add: Vec<String>,
     /// Kernel parameters.
     pub sysctls: BTreeMap<String, String>,
-    /// More hosts, `NAME:ADDRESS` each.
+    /// More hosts, `NAME:ADDRESS` each; an address may be [`HOST_GATEWAY`].
     pub extra_hosts: Vec<String>,
     /// Name servers.
     pub dns: Vec<String>,
@@ -116,12 +117,16 @@ impl HealthCheck {
 
 const NANO: u64 = 1_000_000_000;
 
+/// Docker's word for the host's address on the container's first network.
+pub const HOST_GATEWAY: &str = "host-gateway";
+
 /// Docker's size of /dev/shm.
 const SHM_SIZE: u64 = 64 << 20;
 
 impl Options {
-    /// What the guest, which has so many processors, is told of the container.
-    pub fn container(&self, cpus: u8) -> ContainerOptions {
+    /// What the guest, which has so many processors, is told of the container; its names
+    /// come from its network, if it has one.
+    pub fn container(&self, cpus: u8, naming: &Naming) -> ContainerOptions {
         let all = u64::from(cpus) * NANO;
         let nano_cpus = self.nano_cpus.filter(|nano| *nano < all);
         ContainerOptions {
@@ -139,8 +144,8 @@ impl Options {
             shm_size: self.shm_size,
             sysctls: self.sysctls.clone().into_iter().collect(),
             domainname: self.domainname.clone(),
-            hosts: self.hosts(),
-            resolv_conf: self.resolv_conf(),
+            hosts: self.hosts(naming),
+            resolv_conf: self.resolv_conf(naming),
             memory: self.memory,
             // Of each 100 ms, in microseconds.
             cpu_quota: nano_cpus.map(|nano| nano * 100_000 / NANO),
@@ -166,29 +171,37 @@ impl Options {
     }
 
     /// Lines for /etc/hosts.
-    pub fn hosts(&self) -> String {
+    pub fn hosts(&self, naming: &Naming) -> String {
         let hosts = self
             .extra_hosts
             .iter()
             .filter_map(|host| host.split_once(':'));
-        hosts
-            .map(|(name, address)| format!("{address}\t{name}\n"))
-            .collect()
+        let line = |(name, address): (&str, &str)| match (address, naming.gateway) {
+            (HOST_GATEWAY, Some(gateway)) => format!("{gateway}\t{name}\n"),
+            (HOST_GATEWAY, None) => String::new(),
+            _ => format!("{address}\t{name}\n"),
+        };
+        hosts.map(line).collect()
     }
 
-    /// The content of /etc/resolv.conf: nothing, if nothing was said.
-    pub fn resolv_conf(&self) -> String {
+    /// The content of /etc/resolv.conf: nothing, if there is nothing to say.
+    pub fn resolv_conf(&self, naming: &Naming) -> String {
         let mut text = String::new();
-        for server in &self.dns {
+        for server in &naming.servers {
             text += &format!("nameserver {server}\n");
         }
+        let said = |own: &[String], naming: &[String]| match own {
+            [] => naming.join(" "),
+            own => own.join(" "),
+        };
+        let search = said(&self.dns_search, &naming.search);
         // Docker's word for no domain at all.
-        let is_none = self.dns_search.iter().any(|domain| domain == ".");
-        if !self.dns_search.is_empty() && !is_none {
-            text += &format!("search {}\n", self.dns_search.join(" "));
+        if !search.is_empty() && !self.dns_search.iter().any(|domain| domain == ".") {
+            text += &format!("search {search}\n");
         }
-        if !self.dns_options.is_empty() {
-            text += &format!("options {}\n", self.dns_options.join(" "));
+        let options = said(&self.dns_options, &naming.options);
+        if !options.is_empty() {
+            text += &format!("options {options}\n");
         }
         text
     }
@@ -277,7 +290,8 @@ mod tests {
     #[test]
     fn nothing_asked_for_is_nothing_told() {
         let options = Options::default();
-        assert_eq!(options.container(1), ContainerOptions::default());
+        let nobody = Naming::default();
+        assert_eq!(options.container(1, &nobody), ContainerOptions::default());
         assert_eq!(options.process(false), ProcessOptions::default());
         // A record of before has none of it.
         assert_eq!(
@@ -303,7 +317,7 @@ mod tests {
                 nano_cpus,
                 ..Options::default()
             };
-            options.container(cpus).cpu_quota
+            options.container(cpus, &Naming::default()).cpu_quota
         };
         assert_eq!(quota(Some(NANO / 2), 1), Some(50_000));
         assert_eq!(quota(Some(3 * NANO / 2), 2), Some(150_000));
@@ -318,13 +332,28 @@ mod tests {
             dns: words(&["192.0.2.1", "192.0.2.2"]),
             dns_search: words(&["a.example", "b.example"]),
             dns_options: words(&["ndots:2"]),
-            extra_hosts: words(&["six:2001:db8::1", "four:192.0.2.9"]),
+            extra_hosts: words(&["six:2001:db8::1", "four:192.0.2.9", "h:host-gateway"]),
             ..Options::default()
         };
+        let nobody = Naming::without_network(&options.dns);
         assert_eq!(
-            options.resolv_conf(),
+            options.resolv_conf(&nobody),
             "nameserver 192.0.2.1\nnameserver 192.0.2.2\nsearch a.example b.example\noptions ndots:2\n"
         );
-        assert_eq!(options.hosts(), "2001:db8::1\tsix\n192.0.2.9\tfour\n");
+        assert_eq!(
+            options.hosts(&nobody),
+            "2001:db8::1\tsix\n192.0.2.9\tfour\n"
+        );
+        let naming = Naming {
+            servers: words(&["192.0.0.1"]),
+            search: words(&["host.example"]),
+            options: words(&["ndots:0"]),
+            gateway: Some([10, 0, 0, 1].into()),
+        };
+        assert!(options.hosts(&naming).ends_with("10.0.0.1\th\n"));
+        assert_eq!(
+            Options::default().resolv_conf(&naming),
+            "nameserver 192.0.0.1\nsearch host.example\noptions ndots:0\n"
+        );
     }
 }

@@ -2,6 +2,7 @@
 
 use super::health::Health;
 use super::options::Options;
+use crate::net;
 use crate::templates::MachineArgs;
 use crate::volume::Mount;
 use anyhow::{Result, bail};
@@ -23,7 +24,7 @@ pub struct Record {
     pub state: State,
 }
 
-/// What was asked for when the container was made. It does not change.
+/// What was asked for when the container was made. Of all this only its networks change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
     /// When.
@@ -81,6 +82,9 @@ pub struct Spec {
     /// What of the host's it sees.
     #[serde(default)]
     pub mounts: Vec<Mount>,
+    /// How it is connected.
+    #[serde(default)]
+    pub network: net::Plan,
     /// Whether it is started again when it ends.
     #[serde(default)]
     pub restart: RestartPolicy,
@@ -206,6 +210,12 @@ pub struct State {
     /// The template that it was last forked from.
     #[serde(default)]
     pub template: String,
+    /// Where it is on its networks, while it lives.
+    #[serde(default)]
+    pub places: Vec<net::Place>,
+    /// The host's ports that lead to it, while it lives.
+    #[serde(default)]
+    pub ports: Vec<net::Publish>,
     /// Whether it is well, if it is asked.
     #[serde(default)]
     pub health: Option<Health>,

@@ -5,6 +5,7 @@ use super::health::Health;
 use super::id;
 use super::record::{Layer, Record, RestartPolicy, Spec, State, Status};
 use super::wire::Stats;
+use crate::net;
 use anyhow::Result;
 use indicatif::HumanDuration;
 use jiff::Timestamp;
@@ -37,6 +38,7 @@ pub fn table(records: &[Record], whole: bool, out: &mut impl Write) -> Result<()
         "COMMAND",
         "CREATED",
         "STATUS",
+        "PORTS",
         "NAMES",
     ];
     let mut rows = vec![header.map(str::to_owned)];
@@ -47,6 +49,7 @@ pub fn table(records: &[Record], whole: bool, out: &mut impl Write) -> Result<()
             command(record, whole),
             format!("{} ago", age(record.spec.created)),
             status(&record.state),
+            net::ports_column(record),
             record.name.clone(),
         ]
     }));
@@ -201,6 +204,7 @@ fn object(engine: &Engine, record: &Record) -> Value {
         },
     });
     spec.options.describe(&mut object);
+    net::describe(record, &mut object);
     if let Some(health) = &state.health {
         object["State"]["Health"] = health.describe();
     }

@@ -169,6 +169,18 @@ impl Store {
         Ok(())
     }
 
+    /// Replaces what was asked for. Of a container that was removed nothing is written.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn set_spec(&self, id: &str, spec: &Spec) -> Result<()> {
+        self.0.execute(
+            "UPDATE container SET spec = ?2 WHERE id = ?1",
+            (id, serde_json::to_string(spec)?),
+        )?;
+        Ok(())
+    }
+
     /// Gives it another name.
     ///
     /// # Errors

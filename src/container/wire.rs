@@ -6,6 +6,7 @@
 //! [`Request::Task`] the connection is a session: input, sizes and signals go one way, output the other, and
 //! the last frame is [`Frame::Ended`]. After any other there is nothing more.
 
+use crate::net::Membership;
 use anyhow::{Context, Result, bail};
 use fork::WindowSize;
 use fork::task::Task;
@@ -60,6 +61,10 @@ pub enum Request {
     Wait,
     /// What it costs.
     Stats,
+    /// Put it on one more network.
+    Connect(Membership),
+    /// Take it off a network, by name.
+    Disconnect(String),
 }
 
 /// The size of a terminal, in characters.

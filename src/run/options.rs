@@ -4,8 +4,9 @@
 use super::health::HealthArgs;
 use super::{tmpfs, ulimit};
 use crate::args::size;
-use crate::container::{Options, normalize_capability};
+use crate::container::{HOST_GATEWAY, Options, normalize_capability};
 use crate::image::ImageConfig;
+use crate::net::Naming;
 use anyhow::{Context, Result, bail};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -135,7 +136,8 @@ impl OptionArgs {
             exposed_ports: config.exposed_ports.keys().cloned().collect(),
             ..Options::default()
         };
-        if options.hosts().len() + options.resolv_conf().len() > NAMES_MAX {
+        let naming = Naming::without_network(&options.dns);
+        if options.hosts(&naming).len() + options.resolv_conf(&naming).len() > NAMES_MAX {
             bail!("--add-host, --dns and their like are {NAMES_MAX} bytes at most, all together");
         }
         Ok(options)
@@ -236,8 +238,8 @@ fn host(text: &str) -> Result<String> {
     let Some((name, address)) = parts.filter(|(name, _)| legal(name)) else {
         bail!("bad format for add-host: {text:?}");
     };
-    if address == "host-gateway" {
-        bail!("--add-host {text}: a container has no network yet, so there is no host-gateway");
+    if address == HOST_GATEWAY {
+        return Ok(format!("{name}:{address}"));
     }
     let bare = address
         .strip_prefix('[')
@@ -346,7 +348,6 @@ mod tests {
             (&["--add-host", "db"], "bad format"),
             (&["--add-host", "d b:192.0.2.1"], "bad format"),
             (&["--add-host", "db:nowhere"], "invalid IP"),
-            (&["--add-host", "db:host-gateway"], "no network"),
             (&["--dns", "localhost"], "not correctly formatted"),
             (&["--dns-search", "a b"], "invalid --dns-search"),
             (

@@ -2,6 +2,7 @@
 
 use super::{CreateArgs, terminal_env};
 use crate::container::{Layer, Spec};
+use crate::image::ImageConfig;
 use anyhow::{Result, bail};
 use fork::{Stream, Warm};
 use std::ffi::OsString;
@@ -26,6 +27,13 @@ pub(super) fn plan(
     let goes_on = args.words.is_empty();
     if args.tty && goes_on && !has_terminal {
         bail!("the container in this template has no terminal: leave out -t");
+    }
+    if inside.has_network {
+        spec.network = super::network(args, &ImageConfig::default())?;
+    } else if let Some(option) = args.network.given() {
+        bail!(
+            "{option}: the container in this template has no network: build it with `template build --network`"
+        );
     }
     spec.image.clone_from(&inside.image);
     spec.writable = Layer::Inside;
@@ -93,6 +101,7 @@ mod tests {
             cwd: "/app".into(),
             user: "app".into(),
             streams: vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
+            has_network: false,
         }
     }
 

@@ -14,6 +14,7 @@ mod kernel;
 mod kills;
 mod machine;
 mod network;
+mod networks;
 mod options;
 mod pages;
 mod root_window;

@@ -109,6 +109,10 @@ fn link_tree(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).expect("lists") {
         let entry = entry.expect("lists");
         let target = to.join(entry.file_name());
+        // Networks are on the host, where two directories cannot have the same.
+        if entry.file_name().to_string_lossy().starts_with("networks") {
+            continue;
+        }
         if entry.file_type().expect("has a type").is_dir() {
             fs::create_dir(&target).expect("makes a directory");
             link_tree(&entry.path(), &target);
@@ -121,7 +125,7 @@ fn link_tree(from: &Path, to: &Path) {
 }
 
 /// Every path below a directory, but for what is made at first need and holds nothing
-/// of anybody's: locks, the containers' database, and their empty directory.
+/// of anybody's: locks, the databases of containers and networks, and their empty directories.
 pub fn listing(dir: &Path) -> BTreeSet<PathBuf> {
     let mut all = BTreeSet::new();
     let mut left = vec![dir.to_path_buf()];
@@ -132,7 +136,9 @@ pub fn listing(dir: &Path) -> BTreeSet<PathBuf> {
                 left.push(entry.path());
             }
             let name = entry.file_name().to_string_lossy().into_owned();
-            let is_made_at_need = name.ends_with(".lock") || name.starts_with("containers");
+            let is_made_at_need = name.ends_with(".lock")
+                || name.starts_with("containers")
+                || name.starts_with("networks");
             if !is_made_at_need {
                 all.insert(entry.path());
             }

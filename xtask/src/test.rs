@@ -33,10 +33,12 @@ pub fn run(args: &Args) -> Result<()> {
     // What the tests look at images and disks with, and what they pull from.
     host::apt_install(&[
         "busybox-static",
+        "curl",
         "docker-registry",
         "e2fsprogs",
         "erofs-utils",
         "iproute2",
+        "nftables",
         "openssl",
     ])?;
     if args.guest.is_none() {

@@ -6,6 +6,7 @@ use crate::container::directory::Directory;
 use crate::container::record::{Layer, Record, Spec};
 use crate::container::wire::{self, Answer, Exec, Stats, Window};
 use crate::container::{ROOT, WRITABLE, set_env};
+use crate::net::{Attachment, Naming};
 use crate::templates;
 use anyhow::{Context, Result, bail};
 use fork::task::Task;
@@ -18,8 +19,8 @@ use rustix::fd::{AsFd, OwnedFd};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// What is asked of a live container. Each is answered on the channel it brings.
@@ -66,7 +67,11 @@ pub struct Mother {
     root: PathBuf,
     log: SharedLog,
     farewells: Arc<Farewells>,
+    network: SharedNetwork,
 }
+
+/// What connects the container, if anything does.
+pub type SharedNetwork = Arc<Mutex<Option<Attachment>>>;
 
 /// A container that runs.
 pub struct Life {
@@ -100,6 +105,7 @@ impl Mother {
         directory: &Directory,
         log: SharedLog,
         farewells: Arc<Farewells>,
+        network: SharedNetwork,
     ) -> Result<Self> {
         let spec = record.spec.clone();
         // First: the worker comes up while the rest is found.
@@ -126,6 +132,7 @@ impl Mother {
             root: root.to_owned(),
             log,
             farewells,
+            network,
         })
     }
 
@@ -158,7 +165,7 @@ impl Mother {
             (None, _) => {
                 let container = ContainerSpec {
                     kept: self.spec.writable == Layer::Disk && !self.spec.auto_remove,
-                    options: self.spec.options.container(self.spec.cpus),
+                    options: self.spec.options.container(self.spec.cpus, &self.naming()),
                     ..self.container()
                 };
                 child.start(container, first_process(&self.spec, window))?
@@ -207,8 +214,22 @@ impl Mother {
             disks: self.disks()?,
             domain: self.spec.domain.clone(),
             volumes: self.volumes()?,
+            network: self.tap()?,
             ..ForkSpec::default()
         })?)
+    }
+
+    fn tap(&self) -> Result<Option<fork::Network>> {
+        let network = lock(&self.network);
+        network.as_ref().map(Attachment::tap).transpose()
+    }
+
+    fn naming(&self) -> Naming {
+        let dns = &self.spec.options.dns;
+        match &*lock(&self.network) {
+            Some(network) => network.naming(dns),
+            None => Naming::without_network(dns),
+        }
     }
 
     /// Its file systems.

@@ -15,9 +15,9 @@ mod probe;
 mod serve;
 mod session;
 
-use self::life::{Life, Mother};
+use self::life::{Life, Mother, SharedNetwork};
 use self::serve::{Now, Shared};
-use self::session::{Client, Farewells, Session, SharedLog};
+use self::session::{Client, Farewells, Session, SharedLog, lock};
 use super::directory::{Directory, Ownership};
 use super::engine::Engine;
 use super::health::Health;
@@ -25,6 +25,7 @@ use super::log::Log;
 use super::record::{Record, Status};
 use super::store::Store;
 use super::wire::{self, Answer, Request, Window};
+use crate::net::{Attachment, Who};
 use anyhow::{Context, Result, bail};
 use fork::WindowSize;
 use jiff::Timestamp;
@@ -87,7 +88,9 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
     let (attach, window) = match wire::receive(starter)? {
         Some(Request::Start { attach, window }) => (attach, window.map(Window::size)),
         Some(Request::Open) => {
-            let mother = Mother::new(root, &record, &directory, log, farewells)?;
+            // Nothing runs in it, so nothing of it is on a network.
+            let network = SharedNetwork::default();
+            let mother = Mother::new(root, &record, &directory, log, farewells, network)?;
             return open::hold(&mother, listener, &shared, starter, ownership);
         }
         // Whoever wanted it has thought better of it.
@@ -96,16 +99,18 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
     };
     serve::listen(listener, &shared)?;
     serve::heed_signals(&shared)?;
+    let network = shared.network();
     let supervisor = Supervisor {
         root: root.to_owned(),
         shared,
+        network: Arc::clone(&network),
         farewells: Arc::clone(&farewells),
         log: Arc::clone(&log),
         starter: starter.try_clone().context("dup")?,
         attach,
         window,
     };
-    let ended = Mother::new(root, &record, &directory, log, farewells)
+    let ended = Mother::new(root, &record, &directory, log, farewells, network)
         .and_then(|mother| supervisor.lives(&mother));
     supervisor.end(&directory, ownership, ended)
 }
@@ -114,6 +119,7 @@ struct Supervisor {
     /// The state directory.
     root: PathBuf,
     shared: Arc<Shared>,
+    network: SharedNetwork,
     farewells: Arc<Farewells>,
     log: SharedLog,
     /// Whoever started it, and whether it watches the first life.
@@ -135,6 +141,7 @@ impl Supervisor {
     /// one before the first began.
     fn lives(&self, mother: &Mother) -> Result<Ended> {
         let mut pause = FIRST_PAUSE;
+        self.connect()?;
         let mut ended = self.first_life(mother)?;
         loop {
             life::finish(&self.log);
@@ -170,6 +177,21 @@ impl Supervisor {
                 pause = FIRST_PAUSE;
             }
         }
+    }
+
+    /// Puts the container on its networks, on which it stays from life to life.
+    fn connect(&self) -> Result<()> {
+        let record = self.shared.read(Record::clone);
+        if record.spec.network.is_connected() {
+            let who = Who {
+                root: &self.root,
+                id: &record.id,
+                name: &record.name,
+                dns: &record.spec.options.dns,
+            };
+            *lock(&self.network) = Some(Attachment::new(&who, &record.spec.network)?);
+        }
+        Ok(())
     }
 
     fn first_life(&self, mother: &Mother) -> Result<Ended> {
@@ -215,6 +237,10 @@ impl Supervisor {
             state.exit_code = 0;
             state.error.clear();
             state.template = template;
+            if let Some(network) = &*lock(&self.network) {
+                state.places = network.places();
+                state.ports = network.ports().to_vec();
+            }
             state.health = is_probed.then(Health::default);
         })?;
         self.shared.set_now(Now::Living {
@@ -252,6 +278,8 @@ impl Supervisor {
     /// The end for good: the record first, then the lock, then whoever waits.
     fn end(&self, directory: &Directory, ownership: Ownership, ended: Result<Ended>) -> Result<()> {
         life::finish(&self.log);
+        // Whoever hears of the end may want its ports.
+        drop(lock(&self.network).take());
         let status = ended
             .as_ref()
             .map_or_else(exit_status, |ended| ended.status);
@@ -260,6 +288,8 @@ impl Supervisor {
         let written = self.shared.change(|state| {
             state.supervisor = None;
             state.exit_code = status;
+            state.places.clear();
+            state.ports.clear();
             if has_begun {
                 state.status = Status::Exited;
                 state.finished = Some(Timestamp::now());

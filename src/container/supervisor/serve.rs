@@ -1,11 +1,12 @@
 //! The supervisor's clients: a thread for each connection.
 
-use super::life::{Order, Orders};
+use super::life::{Order, Orders, SharedNetwork};
 use super::session::{Client, Farewells, Session, lock};
 use super::{failed, one_line};
 use crate::container::record::{Record, State, Status};
 use crate::container::store::Store;
 use crate::container::wire::{self, Answer, Frame, Request};
+use crate::net::Attachment;
 use anyhow::{Context, Result, anyhow, bail};
 use fork::task::Task;
 use signal_hook::consts::SIGTERM;
@@ -39,6 +40,7 @@ pub struct Shared {
     inner: Mutex<Inner>,
     changed: Condvar,
     farewells: Arc<Farewells>,
+    network: SharedNetwork,
 }
 
 struct Inner {
@@ -59,7 +61,24 @@ impl Shared {
             }),
             changed: Condvar::new(),
             farewells,
+            network: SharedNetwork::default(),
         })
+    }
+
+    /// What connects the container.
+    pub fn network(&self) -> SharedNetwork {
+        Arc::clone(&self.network)
+    }
+
+    /// Changes what connects the container, and writes where it is now.
+    fn change_network(&self, change: impl FnOnce(&mut Attachment) -> Result<()>) -> Result<()> {
+        let mut network = lock(&self.network);
+        let network = network.as_mut().context(
+            "the container runs without a network card: stop it, connect it, and start it again",
+        )?;
+        change(network)?;
+        let places = network.places();
+        self.change(|state| state.places = places)
     }
 
     pub fn read<T>(&self, read: impl FnOnce(&Record) -> T) -> T {
@@ -253,6 +272,14 @@ fn serve(mut stream: UnixStream, shared: &Arc<Shared>) -> Result<()> {
             let over = shared.wait_until_over(None);
             Ok(Answer::Ended(over.unwrap_or_default()))
         }
+        Request::Connect(membership) => shared
+            .change_network(|network| {
+                network.connect(&shared.read(|record| record.name.clone()), &membership)
+            })
+            .map(|()| Answer::Done),
+        Request::Disconnect(network) => shared
+            .change_network(|attachment| attachment.disconnect(&network))
+            .map(|()| Answer::Done),
         Request::Stats => shared.order(Order::Stats).map(Answer::Stats),
     };
     wire::send(&mut stream, &done.unwrap_or_else(|error| failed(&error)))?;

@@ -13,6 +13,7 @@ use domain::rdata::{A, Aaaa, Ptr};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The shortest message: a header, in bytes.
+#[cfg(any(test, fuzzing))]
 pub const HEADER: usize = 12;
 /// The longest question that is taken, in bytes. One has a name of at most 255, and what
 /// EDNS adds: a cookie, padding.
