@@ -1,6 +1,8 @@
 //! `vm-run template build --warm`: a container is started in a child of a bare
 //! template, and frozen when it says that it is warm. docs/warm.md tells how.
 
+mod hooks;
+
 use crate::args::size;
 use crate::image::{Access, ImageConfig, PullPolicy, Store, obtain};
 use crate::stdio::{self, Copies};
@@ -11,6 +13,7 @@ use fork::{
     Child, ContainerSpec, Disks, Error, ForkSpec, Host, Place, Pool, ProcessSpec, StartFailure,
     Stream, Template, Writable,
 };
+use hooks::HookArgs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +36,8 @@ pub struct WarmArgs {
     /// kept [default: half]
     #[arg(long, value_name = "SIZE", value_parser = size, requires = "warm")]
     writable_memory: Option<u64>,
+    #[command(flatten)]
+    hooks: HookArgs,
     #[command(flatten)]
     jail: JailArgs,
 }
@@ -70,6 +75,7 @@ pub fn build(
             limit: args.writable_memory.unwrap_or(machine.memory / 2),
         },
         warm: true,
+        hooks: hooks::chosen(&args.hooks, &found.config.labels)?,
         ..ContainerSpec::default()
     };
     let mut process = match child.start(container, process(&found.config, line)) {

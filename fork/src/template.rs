@@ -19,7 +19,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use vm_run_abi::identity::Identity;
-use vm_run_abi::protocol::Stream;
+use vm_run_abi::protocol::{Hooks, Stream};
 use vm_run_abi::{VERSION, identity as page};
 use vmm::payload::micro;
 use vmm::{
@@ -59,6 +59,8 @@ pub struct Warm {
     pub user: String,
     /// The streams that its first process has.
     pub streams: Vec<Stream>,
+    /// What is done in each child, and before a child is frozen in its turn.
+    pub hooks: Hooks,
 }
 
 /// What to boot for a template.

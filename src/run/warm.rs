@@ -78,6 +78,7 @@ fn follow_dashes(line: impl Iterator<Item = OsString>, words: usize) -> bool {
 mod tests {
     use super::*;
     use clap::Parser;
+    use fork::Hooks;
 
     #[derive(Parser)]
     struct Line {
@@ -93,6 +94,7 @@ mod tests {
             cwd: "/app".into(),
             user: "app".into(),
             streams: vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
+            hooks: Hooks::default(),
         }
     }
 

@@ -103,6 +103,54 @@ fn signals_and_commands_reach_the_container_inside() {
     }
 }
 
+/// What each child is told it was asked for, by the hooks and by nobody else.
+#[test]
+fn hooks_run_before_the_freeze_and_in_each_child() {
+    let own = own_root();
+    let root = own.path();
+    let hooked = |name: &str, hooks: &[&str]| {
+        let warm = "/run/vm-run/warm >/dev/null; read line; cat /told; echo line=$line";
+        let args = ["--name", name, "--image", "busybox", "--warm", warm];
+        Call::template_build_in(root, &[&args[..], hooks].concat())
+    };
+    let pre = "echo before=$(hostname) > /told; echo unheard";
+    let post = "echo after=$(hostname) >> /told";
+    let built = hooked("h", &["--pre-freeze", pre, "--post-fork", post]).end();
+    assert_eq!((built.status, built.err()), (0, String::new()), "{built}");
+    for name in ["one", "two"] {
+        let args = ["-i", "--template", "h", "--hostname", name];
+        let ran = Call::run_in(root, &args).end_with(b"hi\n");
+        let told = format!("before=warm\nafter={name}\nline=hi\n");
+        assert_eq!((ran.status, ran.out(), ran.err()), (0, told, String::new()));
+    }
+    let manifest = template(root, ["inspect", "h"]);
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest.stdout).expect("JSON");
+    assert_eq!(
+        manifest["warm"]["hooks"]["post_fork"]["Command"][2], post,
+        "{manifest}"
+    );
+
+    // What fails before the freeze forbids it, and what fails in a child ends it.
+    let failing = "echo not ready >&2; exit 3";
+    let line = hooked("p", &["--pre-freeze", failing]).refused(125);
+    assert!(line.contains("pre-freeze hook ended with status 3: not ready"));
+    let slow = ["--pre-freeze", "sleep 1000", "--hook-timeout", "1"];
+    let line = hooked("p", &slow).refused(125);
+    assert!(
+        line.contains("pre-freeze hook did not end in 1 s"),
+        "{line}"
+    );
+    assert_eq!(hooked("f", &["--post-fork", failing]).end().status, 0);
+    for words in [&[][..], &["--", "echo", "not", "this"]] {
+        let args = [&["--template", "f"], words].concat();
+        let line = Call::run_in(root, &args).refused(125);
+        assert!(
+            line.contains("post-fork hook ended with status 3: not ready"),
+            "{line}"
+        );
+    }
+}
+
 #[test]
 fn a_container_that_is_not_warm_leaves_nothing() {
     let own = own_root();
