@@ -402,6 +402,13 @@ impl Child {
         self.path
     }
 
+    /// Its generation, once it has confirmed that its identity holds: that it has
+    /// reseeded its kernel's random numbers, set the clock, and taken its hostname.
+    pub fn generation(&self) -> Option<u64> {
+        let is_confirmed = !matches!(self.phase, Phase::Forked | Phase::Poisoned);
+        is_confirmed.then_some(self.born.generation)
+    }
+
     /// When it reached each stage.
     pub fn stages(&self) -> Stages {
         self.stages

@@ -216,6 +216,7 @@ impl Supervisor {
             state.error.clear();
             state.template = template;
             state.health = is_probed.then(Health::default);
+            state.identity = life.identity();
         })?;
         self.shared.set_now(Now::Living {
             orders: life.orders(),
