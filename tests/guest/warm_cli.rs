@@ -1,6 +1,6 @@
 //! Warm templates on the command line.
 
-use crate::support::{Call, Ran, field, listing, own_root};
+use crate::support::{Call, Ran, field, listing, own_root, programs};
 use rustix::process::Signal;
 use std::path::Path;
 
@@ -149,6 +149,39 @@ fn hooks_run_before_the_freeze_and_in_each_child() {
             "{line}"
         );
     }
+}
+
+/// Keys are files: a child has those of its template, the image's or not, unless a hook
+/// makes others, as docs/identity.md says.
+#[test]
+fn ssh_host_keys_are_kept_or_made_anew() {
+    let image = programs();
+    let own = own_root();
+    let root = own.path();
+    let renew = "cd /etc/ssh; rm -f ssh_host_ed25519_key*; \
+                 ssh-keygen -q -t ed25519 -N '' -f ssh_host_ed25519_key";
+    let line = format!(
+        "{renew}; /run/vm-run/warm > /dev/null; read line; \
+         echo key=$(cat ssh_host_ed25519_key.pub); echo image=$(cat ssh_host_rsa_key)"
+    );
+    let keys = |name: &str, hooks: &[&str]| {
+        let args = ["--name", name, "--image", image, "--warm", &line];
+        let built = Call::template_build_in(root, &[&args[..], hooks].concat()).end();
+        assert_eq!(built.status, 0, "{built}");
+        [0, 1].map(|_| {
+            let ran = Call::run_in(root, &["-i", "--template", name]).end_with(b"go\n");
+            assert_eq!((ran.status, ran.err()), (0, String::new()), "{ran}");
+            assert_eq!(field(&ran.out(), "image"), "the image's");
+            field(&ran.out(), "key")
+                .split(' ')
+                .nth(1)
+                .map(str::to_owned)
+        })
+    };
+    let kept = keys("kept", &[]);
+    assert!(kept[0].is_some() && kept[0] == kept[1], "{kept:?}");
+    let made = keys("made", &["--post-fork", renew]);
+    assert!(made[0].is_some() && made[0] != made[1], "{made:?}");
 }
 
 #[test]

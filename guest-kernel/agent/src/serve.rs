@@ -5,6 +5,7 @@ mod hooks;
 
 use crate::container::{Container, Start};
 use crate::control::Control;
+use crate::drawn::Drawn;
 use crate::frame::{Broken, Reader};
 use crate::poll::{Poll, Token, meaning};
 use crate::prepared::Prepared;
@@ -87,6 +88,8 @@ pub struct Server {
     container: Container,
     warm: Option<Warm>,
     hooking: Hooking,
+    /// What the kernel has drawn for threads that are frozen.
+    drawn: Vec<Drawn>,
     stage: Stage,
     attachment: Attachment,
     /// Streams of the first process that are tied to no host.
@@ -121,6 +124,7 @@ impl Server {
             container: Container::new(prepared),
             warm: None,
             hooking: Hooking::default(),
+            drawn: Vec::new(),
             stage: Stage::Serving,
             attachment: Attachment::Tied,
             loose: Vec::new(),

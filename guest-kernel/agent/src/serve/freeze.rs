@@ -3,10 +3,11 @@
 use super::Server;
 use super::hooks::When;
 use crate::container::check_streams;
+use crate::drawn;
 use crate::poll::Token;
 use crate::streams::Turn;
 use rustix::event::epoll::EventFlags;
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::{Shutdown, shutdown};
 use std::collections::BTreeMap;
 use std::io;
@@ -143,6 +144,7 @@ impl Server {
         };
         if matches!(self.stage, Stage::Freezing(_)) && self.resources.freezer.is_frozen()? {
             self.poll.remove(self.resources.freezer.events())?;
+            self.drawn = drawn::find(self.resources.cgroup.as_fd())?;
             self.stage = Stage::Delivering(until);
             if let Some(warm) = &mut self.warm
                 && warm.catch_up(&self.poll)?
@@ -256,6 +258,9 @@ impl Server {
             warm.become_child(&system.nodename().to_string_lossy(), generation)?;
         }
         self.container.forget_ids();
+        for drawn in std::mem::take(&mut self.drawn) {
+            drawn.again()?;
+        }
         self.stage = Stage::Serving;
         // From here on the container runs.
         self.resources.freezer.thaw()?;
