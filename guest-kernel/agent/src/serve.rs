@@ -305,9 +305,9 @@ impl Server {
         let sense = match request {
             _ if self.stage.is_leaving() => false,
             Request::StartContainer { container, process } => {
-                let hooking = Hooking::new(&container, &process);
+                let hooking = container.warm.then(|| Hooking::new(&container, &process));
                 let sense = self.container.ask(container, Some(process));
-                if sense {
+                if sense && let Some(hooking) = hooking {
                     self.hooking = hooking;
                 }
                 self.streams_have_come(CONTAINER)?;
