@@ -1,6 +1,8 @@
 //! `vm-run template build --warm`: a container is started in a child of a bare
 //! template, and frozen when it says that it is warm. docs/warm.md tells how.
 
+mod hooks;
+
 use crate::args::size;
 use crate::container::{Options, new_id};
 use crate::image::{Access, ImageConfig, PullPolicy, Store, obtain};
@@ -13,6 +15,7 @@ use fork::{
     Child, ContainerOptions, ContainerSpec, Disks, Error, ForkSpec, Host, Place, Pool, ProcessSpec,
     StartFailure, Stream, Template, Writable,
 };
+use hooks::HookArgs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,6 +42,8 @@ pub struct WarmArgs {
     /// bridge, one of one's own, or none [default: bridge, and none without root]
     #[arg(long, value_name = "NETWORK", requires = "warm")]
     network: Option<String>,
+    #[command(flatten)]
+    hooks: HookArgs,
     #[command(flatten)]
     jail: JailArgs,
 }
@@ -82,6 +87,7 @@ pub fn build(
             Some(network) => Options::default().container(machine.cpus, &network.naming(&[])),
             None => ContainerOptions::default(),
         },
+        hooks: hooks::chosen(&args.hooks, &found.config.labels)?,
         ..ContainerSpec::default()
     };
     let mut process = match child.start(container, process(&found.config, line)) {

@@ -25,8 +25,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_run_abi::VERSION;
 use vm_run_abi::protocol::{
-    CONTAINER, ContainerSpec, Event, ExitStatus, Hello, PORT, ProcessId, ProcessSpec, Request,
-    Stream, Writable,
+    CONTAINER, ContainerSpec, Event, ExitStatus, Hello, Hook, Hooks, PORT, ProcessId, ProcessSpec,
+    Request, Stream, Writable,
 };
 use vmm::Moment;
 
@@ -175,6 +175,11 @@ impl Child {
                 "a warm container cannot have volumes, which its children would not have",
             ));
         }
+        if !container.warm && container.hooks != Hooks::default() {
+            return Err(Error::Request(
+                "only a warm container has hooks: nothing else is frozen",
+            ));
+        }
         self.expect_fresh(Kind::Bare, "has a container inside: attach to it")?;
         let streams = process.streams.clone();
         let warm = container.warm;
@@ -186,6 +191,7 @@ impl Child {
             user: process.user.clone(),
             streams: process.streams.clone(),
             has_network: self.born.has_network,
+            hooks: container.hooks.clone(),
         };
         self.complete(&mut container);
         let request = Request::StartContainer { container, process };
@@ -202,10 +208,12 @@ impl Child {
         container.network = self.born.has_network;
     }
 
-    /// Ties streams to the container that a warm child was born with.
+    /// Ties streams to the container that a warm child was born with, once the child's
+    /// hook has done its work.
     ///
     /// # Errors
-    /// A child of a bare template, or one whose agent does not answer.
+    /// A child of a bare template, one whose hook has failed, or one whose agent does not
+    /// answer.
     pub fn attach(&mut self, streams: &[Stream]) -> Result<Process, Error> {
         self.expect_fresh(Kind::Warm, "has no container to attach to: start one")?;
         let request = Request::Attach {
@@ -281,8 +289,8 @@ impl Child {
         Ok(())
     }
 
-    /// Freezes a child whose container is warm, and makes a template of it, with
-    /// `image` as what people call its image. Its streams are closed; each child of
+    /// Has the hook of a child whose container is warm do its work, freezes the child, and
+    /// makes a template of it, with `image` as what people call its image. Its streams are closed; each child of
     /// the template has them anew.
     ///
     /// # Errors
@@ -395,6 +403,13 @@ impl Child {
         self.path
     }
 
+    /// Its generation, once it has confirmed that its identity holds: that it has
+    /// reseeded its kernel's random numbers, set the clock, and taken its hostname.
+    pub fn generation(&self) -> Option<u64> {
+        let is_confirmed = !matches!(self.phase, Phase::Forked | Phase::Poisoned);
+        is_confirmed.then_some(self.born.generation)
+    }
+
     /// When it reached each stage.
     pub fn stages(&self) -> Stages {
         self.stages
@@ -403,6 +418,16 @@ impl Child {
     /// Ends the VM, and waits until nothing is left of it.
     pub fn end(self) {
         self.machine.end();
+    }
+
+    /// How long the agent may take to answer: it may have a hook to see through first.
+    fn patience(&self) -> Duration {
+        let hooks = &self.container.hooks;
+        let mut both = [&hooks.pre_freeze, &hooks.post_fork].into_iter().flatten();
+        if both.any(|hook| matches!(hook, Hook::Command(_))) {
+            return TIMEOUT + Duration::from_millis(hooks.limit_ms.into());
+        }
+        TIMEOUT
     }
 
     fn expect(&self, phase: Phase, otherwise: &'static str) -> Result<(), Error> {

@@ -88,8 +88,8 @@ pub use store::{FORMAT, Manifest};
 pub use template::{BootSpec, DEFAULT_DOMAIN, ForkSpec, Kind, Template, Warm};
 pub use vm_run_abi::options::{ContainerOptions, Limit, ProcessOptions, Tmpfs};
 pub use vm_run_abi::protocol::{
-    CONTAINER, ContainerSpec, ExitStatus, Mount, ProcessId, ProcessSpec, StartFailure, Stream,
-    WindowSize, Writable,
+    CONTAINER, ContainerSpec, ExitStatus, Hook, Hooks, Mount, ProcessId, ProcessSpec, StartFailure,
+    Stream, WindowSize, Writable,
 };
 pub use vm_run_abi::{network as addresses, task};
 pub use vmm::{

@@ -19,7 +19,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use vm_run_abi::identity::Identity;
-use vm_run_abi::protocol::Stream;
+use vm_run_abi::protocol::{Hooks, Stream};
 use vm_run_abi::{VERSION, identity as page};
 use vmm::payload::micro;
 use vmm::{
@@ -61,6 +61,8 @@ pub struct Warm {
     pub streams: Vec<Stream>,
     /// Whether it is on the guest's network: a child's tap is of use to no other.
     pub has_network: bool,
+    /// What is done in each child, and before a child is frozen in its turn.
+    pub hooks: Hooks,
 }
 
 /// What to boot for a template.

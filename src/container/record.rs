@@ -219,6 +219,35 @@ pub struct State {
     /// Whether it is well, if it is asked.
     #[serde(default)]
     pub health: Option<Health>,
+    /// What it last became at its fork.
+    #[serde(default)]
+    pub identity: Option<Identity>,
+}
+
+/// What the child has confirmed of its identity, and what has then been done in it: all
+/// of it, or there would be no container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Identity {
+    /// 16 hexadecimal digits, different in each child of a template.
+    pub generation: String,
+    /// The name of its machine, by the kernel, `/etc/hostname` and `/etc/hosts`.
+    pub hostname: String,
+    /// What is no other child's: see docs/identity.md.
+    pub renewed: Vec<String>,
+}
+
+impl Identity {
+    /// Of a child with this generation.
+    pub fn new(generation: u64, hostname: &str) -> Self {
+        Self {
+            generation: format!("{generation:016x}"),
+            hostname: hostname.into(),
+            renewed: ["random", "clock", "hostname", "machine-id"]
+                .map(String::from)
+                .into(),
+        }
+    }
 }
 
 /// Where a container stands, in docker's words.

@@ -201,6 +201,7 @@ fn object(engine: &Engine, record: &Record) -> Value {
             "WritableLayer": spec.writable,
             "WritableBytes": engine.disk_bytes(record),
             "Supervisor": state.supervisor,
+            "Identity": state.identity,
         },
     });
     spec.options.describe(&mut object);

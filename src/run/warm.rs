@@ -86,6 +86,7 @@ fn follow_dashes(line: impl Iterator<Item = OsString>, words: usize) -> bool {
 mod tests {
     use super::*;
     use clap::Parser;
+    use fork::Hooks;
 
     #[derive(Parser)]
     struct Line {
@@ -102,6 +103,7 @@ mod tests {
             user: "app".into(),
             streams: vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
             has_network: false,
+            hooks: Hooks::default(),
         }
     }
 

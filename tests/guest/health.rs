@@ -140,6 +140,15 @@ fn what_was_asked_for_is_told_and_an_exec_has_it_too() {
     );
     assert_eq!(object["VmRun"]["MachineMemory"], json!(256 << 20));
     assert_eq!(object["VmRun"]["MachineCpus"], 1);
+    let identity = &object["VmRun"]["Identity"];
+    assert_eq!(identity["Hostname"], object["Config"]["Hostname"]);
+    let renewed = json!(["random", "clock", "hostname", "machine-id"]);
+    assert_eq!(identity["Renewed"], renewed);
+    let generation = identity["Generation"].as_str().expect("it has one");
+    let generation = u64::from_str_radix(generation, 16).expect("digits");
+    let file = "/proc/sys/kernel/random/generation";
+    let in_guest = host.does(&["exec", "asked", "cat", file]);
+    assert_eq!(in_guest.trim_end(), generation.to_string());
     let script = "id -G; ulimit -n; grep CapEff /proc/self/status | cut -f2";
     let said = host.does(&["exec", "asked", "sh", "-c", script]);
     assert!(

@@ -21,6 +21,7 @@ mod root_window;
 mod roots;
 mod streams;
 mod support;
+mod twins;
 mod volumes;
 mod warm;
 mod warm_cli;

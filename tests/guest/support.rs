@@ -10,6 +10,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -29,6 +30,15 @@ pub fn variable(name: &str) -> PathBuf {
     std::env::var_os(name)
         .unwrap_or_else(|| panic!("{name} is not set: run `cargo xtask test`"))
         .into()
+}
+
+/// How many children of one template are looked at for what they share; `cargo xtask soak`
+/// asks for more than `few`.
+pub fn children(few: usize) -> usize {
+    let asked = std::env::var("VM_RUN_TEST_CHILDREN").ok();
+    asked.map_or(few, |n| {
+        n.parse().expect("VM_RUN_TEST_CHILDREN is a number")
+    })
 }
 
 /// This host, once it is known to run Linux.
@@ -182,6 +192,51 @@ pub fn busybox_rootfs() -> File {
 pub fn python_rootfs() -> File {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     File::open(PATH.get_or_init(|| rootfs(python()))).expect("opens")
+}
+
+/// An image of a shell, ssh-keygen, and the programs that `cargo xtask test` has compiled,
+/// loaded into the shared state directory once.
+pub fn programs() -> &'static str {
+    const NAME: &str = "programs:latest";
+    static LOADED: OnceLock<()> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let script = "set -e
+            mkdir -p tree/bin tree/etc/ssh
+            cp $(command -v busybox) \"$1\"/* tree/bin
+            for name in sh cat rm sleep; do ln -s busybox tree/bin/$name; done
+            echo root:x:0:0:root:/:/bin/sh > tree/etc/passwd
+            echo none > tree/etc/machine-id
+            echo the image\\'s > tree/etc/ssh/ssh_host_rsa_key
+            keygen=$(command -v ssh-keygen)
+            for file in $keygen $(ldd $keygen | grep -o '/[^ ]*'); do
+                mkdir -p tree${file%/*}
+                cp -L $file tree$file
+            done
+            tar -cf programs.tar -C tree .";
+        let made = Command::new("sh")
+            .args(["-c", script, "sh"])
+            .arg(variable("VM_RUN_TEST_PROGRAMS"))
+            .current_dir(scratch.path())
+            .status();
+        assert!(made.expect("sh").success());
+        let tar = scratch.path().join("programs.tar");
+        let words = [
+            OsStr::new("image"),
+            "import".as_ref(),
+            tar.as_ref(),
+            NAME.as_ref(),
+        ];
+        let ran = Call::vm_run_in(&world().root, &words).end();
+        assert_eq!(ran.status, 0, "{ran}");
+    });
+    NAME
+}
+
+/// The root file system of that image.
+pub fn programs_rootfs() -> File {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    File::open(PATH.get_or_init(|| rootfs(programs()))).expect("opens")
 }
 
 fn rootfs(name: &str) -> PathBuf {

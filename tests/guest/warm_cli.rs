@@ -1,6 +1,6 @@
 //! Warm templates on the command line.
 
-use crate::support::{Call, Ran, field, listing, own_root};
+use crate::support::{Call, Ran, field, listing, own_root, programs};
 use rustix::process::Signal;
 use std::path::Path;
 
@@ -101,6 +101,87 @@ fn signals_and_commands_reach_the_container_inside() {
         let line = Call::run_in(root, &[&["--template", "serves"], words].concat()).refused(125);
         assert!(line.contains("cannot be chosen"), "{words:?}: {line}");
     }
+}
+
+/// What each child is told it was asked for, by the hooks and by nobody else.
+#[test]
+fn hooks_run_before_the_freeze_and_in_each_child() {
+    let own = own_root();
+    let root = own.path();
+    let hooked = |name: &str, hooks: &[&str]| {
+        let warm = "/run/vm-run/warm >/dev/null; read line; cat /told; echo line=$line";
+        let args = ["--name", name, "--image", "busybox", "--warm", warm];
+        Call::template_build_in(root, &[&args[..], hooks].concat())
+    };
+    let pre = "echo before=$(hostname) > /told; echo unheard";
+    let post = "echo after=$(hostname) >> /told";
+    let built = hooked("h", &["--pre-freeze", pre, "--post-fork", post]).end();
+    assert_eq!((built.status, built.err()), (0, String::new()), "{built}");
+    for name in ["one", "two"] {
+        let args = ["-i", "--template", "h", "--hostname", name];
+        let ran = Call::run_in(root, &args).end_with(b"hi\n");
+        let told = format!("before=warm\nafter={name}\nline=hi\n");
+        assert_eq!((ran.status, ran.out(), ran.err()), (0, told, String::new()));
+    }
+    let manifest = template(root, ["inspect", "h"]);
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest.stdout).expect("JSON");
+    assert_eq!(
+        manifest["warm"]["hooks"]["post_fork"]["Command"][2], post,
+        "{manifest}"
+    );
+
+    // What fails before the freeze forbids it, and what fails in a child ends it.
+    let failing = "echo not ready >&2; exit 3";
+    let line = hooked("p", &["--pre-freeze", failing]).refused(125);
+    assert!(line.contains("pre-freeze hook ended with status 3: not ready"));
+    let slow = ["--pre-freeze", "sleep 1000", "--hook-timeout", "1"];
+    let line = hooked("p", &slow).refused(125);
+    assert!(
+        line.contains("pre-freeze hook did not end in 1 s"),
+        "{line}"
+    );
+    assert_eq!(hooked("f", &["--post-fork", failing]).end().status, 0);
+    for words in [&[][..], &["--", "echo", "not", "this"]] {
+        let args = [&["--template", "f"], words].concat();
+        let line = Call::run_in(root, &args).refused(125);
+        assert!(
+            line.contains("post-fork hook ended with status 3: not ready"),
+            "{line}"
+        );
+    }
+}
+
+/// Keys are files: a child has those of its template, the image's or not, unless a hook
+/// makes others, as docs/identity.md says.
+#[test]
+fn ssh_host_keys_are_kept_or_made_anew() {
+    let image = programs();
+    let own = own_root();
+    let root = own.path();
+    let renew = "cd /etc/ssh; rm -f ssh_host_ed25519_key*; \
+                 ssh-keygen -q -t ed25519 -N '' -f ssh_host_ed25519_key";
+    let line = format!(
+        "{renew}; /run/vm-run/warm > /dev/null; read line; \
+         echo key=$(cat ssh_host_ed25519_key.pub); echo image=$(cat ssh_host_rsa_key)"
+    );
+    let keys = |name: &str, hooks: &[&str]| {
+        let args = ["--name", name, "--image", image, "--warm", &line];
+        let built = Call::template_build_in(root, &[&args[..], hooks].concat()).end();
+        assert_eq!(built.status, 0, "{built}");
+        [0, 1].map(|_| {
+            let ran = Call::run_in(root, &["-i", "--template", name]).end_with(b"go\n");
+            assert_eq!((ran.status, ran.err()), (0, String::new()), "{ran}");
+            assert_eq!(field(&ran.out(), "image"), "the image's");
+            field(&ran.out(), "key")
+                .split(' ')
+                .nth(1)
+                .map(str::to_owned)
+        })
+    };
+    let kept = keys("kept", &[]);
+    assert!(kept[0].is_some() && kept[0] == kept[1], "{kept:?}");
+    let made = keys("made", &["--post-fork", renew]);
+    assert!(made[0].is_some() && made[0] != made[1], "{made:?}");
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Programs that people run, from images of Debian packages: each starts, works,
 //! stops by its image's signal, and finds what it wrote when it is started again.
 
+mod warm;
+
 use crate::support::{Call, PATIENCE, Ran, own_root, variable};
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -12,6 +12,7 @@ mod host;
 mod images;
 mod install;
 mod kernel;
+mod programs;
 mod soak;
 mod test;
 mod vmhost;

@@ -41,11 +41,9 @@ pub fn run(args: &Args) -> Result<()> {
     step("programs that people run");
     test::guest_tests(vmhost::HostKernel::default(), test::WORKLOADS)?;
     step("kills at a hundred moments");
-    host::run(
-        Command::new(std::env::current_exe().context("this program has no path")?)
-            .args(["test", "--guest", "kills::"])
-            .env(test::KILLS, "100"),
-    )?;
+    guest_tests("kills::", test::KILLS, "100")?;
+    step("two hundred children of a bare and of a warm template");
+    guest_tests("::many_children_", test::CHILDREN, "200")?;
     step("what root images cost");
     test::guest_tests(vmhost::HostKernel::default(), test::ROOTS)?;
     step("the guest tests on the oldest host kernel that is supported");
@@ -56,6 +54,16 @@ pub fn run(args: &Args) -> Result<()> {
         fuzz(args.fuzz)?;
     }
     Ok(())
+}
+
+/// The tests that match, with more of what there is to count.
+fn guest_tests(filter: &str, variable: &str, count: &str) -> Result<()> {
+    let program = std::env::current_exe().context("this program has no path")?;
+    host::run(
+        Command::new(program)
+            .args(["test", "--guest", filter])
+            .env(variable, count),
+    )
 }
 
 /// Boots it, freezes it, and runs a container in a child.

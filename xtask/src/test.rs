@@ -2,7 +2,7 @@
 
 use crate::artifacts::{build_one, cargo};
 use crate::vmhost::{self, Options};
-use crate::{guest, host, images, install, kernel};
+use crate::{guest, host, images, install, kernel, programs};
 use anyhow::{Result, bail};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -37,8 +37,11 @@ pub fn run(args: &Args) -> Result<()> {
         "docker-registry",
         "e2fsprogs",
         "erofs-utils",
+        "gcc",
         "iproute2",
+        "libc6-dev",
         "nftables",
+        "openssh-client",
         "openssl",
     ])?;
     if args.guest.is_none() {
@@ -59,6 +62,9 @@ fn step(name: &str) {
 /// How often the tests kill something at random; a few times if nothing is said.
 pub const KILLS: &str = "VM_RUN_TEST_KILLS";
 
+/// How many children are looked at for what they share.
+pub const CHILDREN: &str = "VM_RUN_TEST_CHILDREN";
+
 /// Runs the tests of Linux guests that match `filter`.
 pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> {
     let guest = guest::ensure()?;
@@ -69,6 +75,8 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
         ("VM_RUN_TEST_BUSYBOX", images::ensure_busybox()?),
         ("VM_RUN_TEST_PYTHON", images::ensure_debian_python()?),
         ("VM_RUN_TEST_WALK", kernel::walk_program()?),
+        ("VM_RUN_TEST_PROGRAMS", programs::ensure()?),
+        ("VM_RUN_TEST_SILENT", programs::silent_guest()?),
         (
             "VM_RUN_TEST_STOCK_KERNEL",
             vmhost::stock_kernel(host_kernel)?,
@@ -76,8 +84,10 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
         ("VM_RUN_TEST_PREFIX", prefix.path().into()),
         ("VM_RUN_BOOT_TIMEOUT", "60".into()),
     ];
-    if let Some(kills) = std::env::var_os(KILLS) {
-        env.push((KILLS, kills.into()));
+    for name in [KILLS, CHILDREN] {
+        if let Some(count) = std::env::var_os(name) {
+            env.push((name, count.into()));
+        }
     }
     let has_workloads = filter.starts_with(WORKLOADS);
     if has_workloads {

@@ -1,6 +1,6 @@
 //! What a child waits for: its VM's news and its agent's events, together.
 
-use super::{Child, Phase, TIMEOUT};
+use super::{Child, Phase};
 use crate::agent::Heard;
 use crate::error::Error;
 use crate::machine::News;
@@ -63,7 +63,7 @@ impl Child {
 
     /// The agent's answer to a request. What happens by itself is noted.
     pub(super) fn answered(&mut self) -> Result<Event, Error> {
-        let deadline = Instant::now() + TIMEOUT;
+        let deadline = Instant::now() + self.patience();
         loop {
             match self.hear(Some(deadline))? {
                 Some(answer) => return Ok(answer),

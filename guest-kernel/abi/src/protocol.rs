@@ -22,7 +22,8 @@
 //! host closes every connection, and when the last is gone the agent rings the fork
 //! point. In each child it takes the identity, thaws the
 //! container, and waits for connections as a bare child does; the host opens streams
-//! and asks for [`Request::Attach`].
+//! and asks for [`Request::Attach`]. [`Hooks`] come before the first step and after the
+//! last but that.
 //!
 //! A frame is a length (u32, little-endian, at most [`MAX_FRAME`]) and as many
 //! bytes of postcard. Both sides treat a longer or undecodable frame as the end
@@ -51,6 +52,9 @@ pub type ProcessId = u32;
 
 /// The container's first process.
 pub const CONTAINER: ProcessId = 0;
+
+/// The command of a hook, which is the agent's own: no host may choose it.
+pub const HOOK: ProcessId = ProcessId::MAX;
 
 /// What a connection is for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,7 +102,7 @@ pub enum Request {
     /// in this child. It fails if the container is not running, or has 256
     /// processes of the host's already.
     Exec {
-        /// Its name from now on; not [`CONTAINER`].
+        /// Its name from now on; not [`CONTAINER`] or [`HOOK`].
         id: ProcessId,
         /// The process.
         process: ProcessSpec,
@@ -108,9 +112,10 @@ pub enum Request {
     /// Answered by [`Event::Frozen`] or [`Event::FreezeFailed`].
     Freeze,
     /// In a child of a warm template: tie these streams, which the host has
-    /// opened, to the container's first process; answered by [`Event::Started`],
-    /// and if the process has ended by then, by [`Event::Exited`] after that. Once
-    /// in the life of a child. Connections for streams that the process was not
+    /// opened, to the container's first process; answered by [`Event::Started`] when the
+    /// child's hook has done its work, and if the process has ended by then, by
+    /// [`Event::Exited`] after that; or by [`Event::StartFailed`]. Once in the life of a
+    /// child. Connections for streams that the process was not
     /// started with are closed.
     Attach {
         /// Which.
@@ -140,7 +145,7 @@ pub enum Request {
     /// Do something in the container that is no program's: one more process, told of as
     /// by [`Request::Exec`].
     Task {
-        /// Its name from now on; not [`CONTAINER`].
+        /// Its name from now on; not [`CONTAINER`] or [`HOOK`].
         id: ProcessId,
         /// What.
         task: Task,
@@ -243,6 +248,8 @@ pub struct ContainerSpec {
     /// Whether the container will say when it is warm: it finds the socket and the
     /// helper program of docs/warm.md under `/run/vm-run`.
     pub warm: bool,
+    /// What is done in a warm container when it is frozen, and in its children.
+    pub hooks: Hooks,
     /// Whether its disk outlives it: then all that it wrote is there before the host
     /// hears that it has ended.
     pub kept: bool,
@@ -250,6 +257,44 @@ pub struct ContainerSpec {
     pub options: ContainerOptions,
     /// The volumes that the host serves this child, each with its place.
     pub volumes: Vec<Mount>,
+}
+
+/// What is done in a warm container: before it is frozen, and in each child. The agent
+/// keeps it in its memory, so the children of a template have it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hooks {
+    /// Before the container's processes are stopped. If it fails, so does the freeze, and
+    /// the container goes on.
+    pub pre_freeze: Option<Hook>,
+    /// In each child, which has its identity, as soon as the container's processes run.
+    /// If it fails the container is killed, and [`Request::Attach`] is answered by
+    /// [`Event::StartFailed`].
+    pub post_fork: Option<Hook>,
+    /// How long a command may take before it is killed, and has failed; in milliseconds.
+    pub limit_ms: u32,
+}
+
+impl Default for Hooks {
+    /// None, and half a minute for a command.
+    fn default() -> Self {
+        Self {
+            pre_freeze: None,
+            post_fork: None,
+            limit_ms: 30_000,
+        }
+    }
+}
+
+/// One of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Hook {
+    /// A command in the container, with the environment, the directory, the user and the
+    /// restrictions of the container's first process. It must end with 0.
+    Command(Vec<String>),
+    /// A signal to the container's first process, by number. Nobody waits for what comes
+    /// of it.
+    Signal(i32),
 }
 
 /// The tag of the virtio-fs on which the host serves volumes. Its root has a directory or

@@ -9,7 +9,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::Pid;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use vm_run_abi::protocol::{CONTAINER, ContainerSpec, Event, ProcessId, ProcessSpec, Stream};
+use vm_run_abi::protocol::{CONTAINER, ContainerSpec, Event, HOOK, ProcessId, ProcessSpec, Stream};
 use vm_run_abi::task::Task;
 
 /// How many processes the host can have in a container at once.
@@ -105,12 +105,12 @@ impl Container {
 
     /// Notes that one more is to be started; `false` if the id was used before.
     pub fn ask_exec(&mut self, id: ProcessId, process: ProcessSpec) -> bool {
-        id != CONTAINER && self.want(id, Wanted::Exec(process))
+        is_free(id) && self.want(id, Wanted::Exec(process))
     }
 
     /// Notes that a task is to be done; `false` if the id was used before.
     pub fn ask_task(&mut self, id: ProcessId, task: Task, streams: Vec<Stream>) -> bool {
-        id != CONTAINER && self.want(id, Wanted::Task(task, streams))
+        is_free(id) && self.want(id, Wanted::Task(task, streams))
     }
 
     fn want(&mut self, id: ProcessId, wanted: Wanted) -> bool {
@@ -185,6 +185,22 @@ impl Container {
         }
     }
 
+    /// Starts the command of a hook, of which there is one at a time; the result is the
+    /// agent's ends of its pipes.
+    pub fn start_hook(
+        &mut self,
+        process: &ProcessSpec,
+        resources: &Resources,
+    ) -> Result<Vec<(Stream, OwnedFd)>, SpawnError> {
+        let Some(entrance) = &self.entrance else {
+            return Err(Failure::other("the container is not running").into());
+        };
+        let mut spawned = spawn::exec(resources, entrance.as_fd(), process)?;
+        let pipes = std::mem::take(&mut spawned.pipes);
+        self.processes.insert(HOOK, Process::new(HOOK, spawned));
+        Ok(pipes)
+    }
+
     /// A process that is there.
     pub fn get_mut(&mut self, id: ProcessId) -> Option<&mut Process> {
         self.processes.get_mut(&id)
@@ -234,6 +250,11 @@ impl Container {
     pub fn forget_ids(&mut self) {
         self.used.retain(|id| *id == CONTAINER);
     }
+}
+
+/// Whether the host may call one more process so.
+fn is_free(id: ProcessId) -> bool {
+    id != CONTAINER && id != HOOK
 }
 
 /// Each stream once, and a terminal alone.

@@ -23,6 +23,7 @@ pub mod container;
 pub mod control;
 pub mod devices;
 pub mod doorbell;
+pub mod drawn;
 pub mod exec;
 pub mod frame;
 pub mod freezer;

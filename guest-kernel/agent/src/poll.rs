@@ -30,6 +30,8 @@ pub enum Token {
     Stream(u64),
     /// A connection that the host is to close.
     Leaving(u64),
+    /// What a hook's command says.
+    Hook(u64),
 }
 
 impl Token {
@@ -45,6 +47,7 @@ impl Token {
             Self::Greeting(number) => (7, number),
             Self::Stream(number) => (8, number),
             Self::Leaving(number) => (9, number),
+            Self::Hook(number) => (10, number),
         };
         number << 4 | kind
     }
@@ -62,6 +65,7 @@ impl Token {
             7 => Self::Greeting(number),
             8 => Self::Stream(number),
             9 => Self::Leaving(number),
+            10 => Self::Hook(number),
             _ => return None,
         })
     }
@@ -145,6 +149,7 @@ mod tests {
             Token::Greeting(1 << 40),
             Token::Stream(3),
             Token::Leaving(4),
+            Token::Hook(1),
         ];
         for token in all {
             assert_eq!(Token::from_u64(token.to_u64()), Some(token));

@@ -1,9 +1,11 @@
 //! The event loop: one thread, everything that can wait is in one epoll.
 
 mod freeze;
+mod hooks;
 
 use crate::container::{Container, Start};
 use crate::control::Control;
+use crate::drawn::Drawn;
 use crate::frame::{Broken, Reader};
 use crate::poll::{Poll, Token, meaning};
 use crate::prepared::Prepared;
@@ -13,6 +15,7 @@ use crate::streams::{End, Link, Turn};
 use crate::sys;
 use crate::warm::Warm;
 use freeze::{Attachment, Stage};
+use hooks::Hooking;
 use rustix::event::{Timespec, epoll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
@@ -20,7 +23,7 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
-use vm_run_abi::protocol::{CONTAINER, Event, Hello, ProcessId, Request, Stream, WindowSize};
+use vm_run_abi::protocol::{CONTAINER, Event, HOOK, Hello, ProcessId, Request, Stream, WindowSize};
 
 /// The longest [`Hello`], in bytes; it holds two small enums and a number.
 const MAX_HELLO: usize = 16;
@@ -84,6 +87,9 @@ pub struct Server {
     unfinished: Vec<u64>,
     container: Container,
     warm: Option<Warm>,
+    hooking: Hooking,
+    /// What the kernel has drawn for threads that are frozen.
+    drawn: Vec<Drawn>,
     stage: Stage,
     attachment: Attachment,
     /// Streams of the first process that are tied to no host.
@@ -117,6 +123,8 @@ impl Server {
             unfinished: Vec::new(),
             container: Container::new(prepared),
             warm: None,
+            hooking: Hooking::default(),
+            drawn: Vec::new(),
             stage: Stage::Serving,
             attachment: Attachment::Tied,
             loose: Vec::new(),
@@ -136,6 +144,7 @@ impl Server {
             for number in std::mem::take(&mut self.unfinished) {
                 self.turn(number);
             }
+            self.hurry_hook();
             self.go_on_freezing()?;
             if self.is_at_fork_point() {
                 return Ok(Done::Frozen);
@@ -148,7 +157,9 @@ impl Server {
     }
 
     fn timeout(&self) -> Option<Timespec> {
-        let next = self.deadline.into_iter().chain(self.stage.until()).min();
+        let hook = self.hooking.until();
+        let until = self.stage.until().into_iter().chain(hook);
+        let next = until.chain(self.deadline).min();
         let wait = match (self.unfinished.is_empty(), next) {
             (false, _) => Duration::ZERO,
             (true, None) => return None,
@@ -196,6 +207,7 @@ impl Server {
                 self.stage.left(number, flags);
                 Ok(())
             }
+            Token::Hook(number) => self.hear_hook(number),
         }
     }
 
@@ -293,7 +305,11 @@ impl Server {
         let sense = match request {
             _ if self.stage.is_leaving() => false,
             Request::StartContainer { container, process } => {
+                let hooking = container.warm.then(|| Hooking::new(&container, &process));
                 let sense = self.container.ask(container, Some(process));
+                if sense && let Some(hooking) = hooking {
+                    self.hooking = hooking;
+                }
                 self.streams_have_come(CONTAINER)?;
                 sense
             }
@@ -312,7 +328,7 @@ impl Server {
                 self.streams_have_come(id)?;
                 sense
             }
-            Request::Freeze => self.freeze(),
+            Request::Freeze => self.freeze()?,
             Request::Attach { streams } => self.attach(streams)?,
             Request::Signal { process, signal } => {
                 // To one that there is not: nothing.
@@ -446,6 +462,8 @@ impl Server {
                     self.warm = Some(Warm::new(listener, names, &self.poll)?);
                 }
                 Happened::Layers(layers) => self.container.has_root(layers),
+                // That it runs: the host knows nothing of it.
+                Happened::Event(_) if id == HOOK => {}
                 Happened::Event(event) => self.tell(id, &event),
             }
         }
@@ -492,8 +510,10 @@ impl Server {
                 rustix::fs::sync();
             }
         }
-        if let Some(process) = self.container.take(id) {
-            self.tell(id, &process.ended(status));
+        match self.container.take(id).map(|process| process.ended(status)) {
+            Some(event) if id == HOOK => self.hook_has_ended(&event)?,
+            Some(event) => self.tell(id, &event),
+            None => {}
         }
         Ok(())
     }

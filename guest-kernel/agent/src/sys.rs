@@ -161,6 +161,13 @@ pub fn kill(pid: Pid, signal: i32) -> io::Result<()> {
     Ok(())
 }
 
+/// The same to all processes of the group that `leader` leads.
+pub fn kill_group(leader: Pid, signal: i32) -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::kill(-leader.as_raw_nonzero().get(), signal) })?;
+    Ok(())
+}
+
 /// Of Linux include/uapi/linux/sched.h; libc's constant is too narrow for it.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 

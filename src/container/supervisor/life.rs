@@ -3,7 +3,7 @@
 
 use super::session::{Client, DRAIN, Farewells, Session, SharedLog, lock};
 use crate::container::directory::Directory;
-use crate::container::record::{Layer, Record, Spec};
+use crate::container::record::{Identity, Layer, Record, Spec};
 use crate::container::wire::{self, Answer, Exec, Stats, Window};
 use crate::container::{ROOT, WRITABLE, set_env};
 use crate::net::{Attachment, Naming};
@@ -340,6 +340,12 @@ fn streams(tty: bool, stdin: bool) -> Vec<Stream> {
 }
 
 impl Life {
+    /// What its child has become.
+    pub fn identity(&self) -> Option<Identity> {
+        let generation = self.child.generation()?;
+        Some(Identity::new(generation, &self.spec.hostname))
+    }
+
     /// The way in for orders.
     pub fn orders(&self) -> Orders {
         self.way.clone()

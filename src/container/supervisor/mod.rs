@@ -242,6 +242,7 @@ impl Supervisor {
                 state.ports = network.ports().to_vec();
             }
             state.health = is_probed.then(Health::default);
+            state.identity = life.identity();
         })?;
         self.shared.set_now(Now::Living {
             orders: life.orders(),

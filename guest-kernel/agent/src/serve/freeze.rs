@@ -1,11 +1,13 @@
 //! A warm container on its way to the fork point, and from there to a host.
 
 use super::Server;
+use super::hooks::When;
 use crate::container::check_streams;
+use crate::drawn;
 use crate::poll::Token;
 use crate::streams::Turn;
 use rustix::event::epoll::EventFlags;
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::{Shutdown, shutdown};
 use std::collections::BTreeMap;
 use std::io;
@@ -21,6 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) enum Stage {
     /// It is not going there.
     Serving,
+    /// The command of its hook runs in the container.
+    Hooking,
     /// The container is told to stop; until when it may take.
     Freezing(Instant),
     /// It has stopped, and the host reads what it has written.
@@ -35,8 +39,13 @@ impl Stage {
     pub(super) fn until(&self) -> Option<Instant> {
         match self {
             Self::Freezing(until) | Self::Delivering(until) => Some(*until),
-            Self::Serving | Self::Leaving(_) => None,
+            Self::Serving | Self::Hooking | Self::Leaving(_) => None,
         }
+    }
+
+    /// Whether it goes there, and may not arrive.
+    pub(super) fn is_on_the_way(&self) -> bool {
+        matches!(self, Self::Hooking) || self.until().is_some()
     }
 
     /// Whether no more is to be started or tied.
@@ -71,21 +80,45 @@ pub(super) enum Attachment {
         /// As above.
         ended: Option<Event>,
     },
+    /// The child's hook has failed: whoever attaches is told so.
+    Refused {
+        /// How.
+        why: String,
+    },
 }
 
 impl Server {
     /// The request to freeze; `false` if it makes no sense.
-    pub(super) fn freeze(&mut self) -> bool {
-        if self.stage.until().is_some() || matches!(self.attachment, Attachment::Asked { .. }) {
-            return false;
+    pub(super) fn freeze(&mut self) -> io::Result<bool> {
+        let is_asked = matches!(self.attachment, Attachment::Asked { .. });
+        if self.stage.is_on_the_way() || is_asked {
+            return Ok(false);
         }
-        if let Err(why) = self.begin_freezing() {
-            self.freeze_failed(why);
+        let begun = match self.check_freeze() {
+            Ok(()) => self.begin_hook(When::PreFreeze)?,
+            Err(why) => Err(why),
+        };
+        match begun {
+            Ok(true) => self.stage = Stage::Hooking,
+            Ok(false) => self.begin_freezing(),
+            Err(why) => self.freeze_failed(why),
         }
-        true
+        Ok(true)
     }
 
-    fn begin_freezing(&mut self) -> Result<(), String> {
+    /// Has the container stop, if it may.
+    pub(super) fn begin_freezing(&mut self) {
+        let begun = self.check_freeze().and_then(|()| self.stop_container());
+        self.stage = match begun {
+            Ok(()) => Stage::Freezing(Instant::now() + PATIENCE),
+            Err(why) => {
+                self.freeze_failed(why);
+                Stage::Serving
+            }
+        };
+    }
+
+    fn check_freeze(&self) -> Result<(), String> {
         if self.warm.is_none() {
             return Err("the container was not started as a warm one".to_owned());
         }
@@ -93,13 +126,15 @@ impl Server {
         if !self.container.is_alone() || !only_first {
             return Err("the container's first process must run, and no other".to_owned());
         }
+        Ok(())
+    }
+
+    fn stop_container(&mut self) -> Result<(), String> {
         let freezer = &self.resources.freezer;
         freezer
             .freeze()
             .and_then(|()| self.poll.watch_for_change(freezer.events(), Token::Freezer))
-            .map_err(|e| format!("cannot freeze the container: {e}"))?;
-        self.stage = Stage::Freezing(Instant::now() + PATIENCE);
-        Ok(())
+            .map_err(|e| format!("cannot freeze the container: {e}"))
     }
 
     /// Takes the steps that can be taken, from the request to the event.
@@ -109,6 +144,7 @@ impl Server {
         };
         if matches!(self.stage, Stage::Freezing(_)) && self.resources.freezer.is_frozen()? {
             self.poll.remove(self.resources.freezer.events())?;
+            self.drawn = drawn::find(self.resources.cgroup.as_fd())?;
             self.stage = Stage::Delivering(until);
             if let Some(warm) = &mut self.warm
                 && warm.catch_up(&self.poll)?
@@ -180,12 +216,12 @@ impl Server {
         for (_, end) in &mut self.loose {
             end.process_ended();
         }
-        if self.stage.until().is_some() {
+        if self.stage.is_on_the_way() {
             self.stop_freezing("the container has ended");
         }
     }
 
-    fn stop_freezing(&mut self, why: &str) {
+    pub(super) fn stop_freezing(&mut self, why: &str) {
         let freezer = &self.resources.freezer;
         if matches!(self.stage, Stage::Freezing(_)) {
             // Of a descriptor that was added at the beginning.
@@ -222,13 +258,25 @@ impl Server {
             warm.become_child(&system.nodename().to_string_lossy(), generation)?;
         }
         self.container.forget_ids();
+        for drawn in std::mem::take(&mut self.drawn) {
+            drawn.again()?;
+        }
         self.stage = Stage::Serving;
-        // Last: from here on the container runs.
-        self.resources.freezer.thaw()
+        // From here on the container runs.
+        self.resources.freezer.thaw()?;
+        if let Err(why) = self.begin_hook(When::PostFork)? {
+            self.refuse(why);
+        }
+        Ok(())
     }
 
     /// The request to attach; `false` if it makes no sense.
     pub(super) fn attach(&mut self, streams: Vec<Stream>) -> io::Result<bool> {
+        if let Attachment::Refused { why } = &mut self.attachment {
+            let why = std::mem::take(why);
+            self.tell_refused(why);
+            return Ok(true);
+        }
         let Attachment::Loose { ended } = &mut self.attachment else {
             return Ok(false);
         };
@@ -241,7 +289,8 @@ impl Server {
         Ok(true)
     }
 
-    /// Ties the streams that the host has asked for, once they have all come.
+    /// Ties the streams that the host has asked for, once they have all come and the
+    /// child's hook has done its work.
     pub(super) fn attach_if_complete(&mut self) -> io::Result<()> {
         let Attachment::Asked { streams, .. } = &self.attachment else {
             return Ok(());
@@ -250,7 +299,7 @@ impl Server {
             let mut all = self.arrived.iter();
             all.any(|a| (a.process, a.stream) == (CONTAINER, *stream))
         };
-        if !streams.iter().all(has_come) {
+        if self.hooking.is_running() || !streams.iter().all(has_come) {
             return Ok(());
         }
         let attachment = std::mem::replace(&mut self.attachment, Attachment::Tied);

@@ -8,6 +8,7 @@
 
 mod cases;
 mod exec;
+mod hooks;
 mod host;
 mod options;
 mod tasks;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
     let mut failed = 0;
     let all = [
         cases::ALL,
+        hooks::ALL,
         warm::ALL,
         exec::ALL,
         options::ALL,

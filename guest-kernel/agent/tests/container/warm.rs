@@ -26,13 +26,13 @@ pub const ALL: &[Case] = cases![
 /// not read. What has room left can be delivered, and the freeze goes well.
 const FILL: Duration = Duration::from_secs(2);
 
-fn warm(script: &str) -> (ContainerSpec, ProcessSpec) {
+pub fn warm(script: &str) -> (ContainerSpec, ProcessSpec) {
     let (mut container, process) = shell(script);
     container.warm = true;
     (container, process)
 }
 
-const STARTED: Event = Event::Started { process: CONTAINER };
+pub const STARTED: Event = Event::Started { process: CONTAINER };
 
 fn exited(code: u8) -> Event {
     Event::Exited {
@@ -42,7 +42,7 @@ fn exited(code: u8) -> Event {
 }
 
 /// Freezes a container and closes its streams, which hold nothing more.
-fn freeze_all(agent: &mut Agent, streams: Streams) -> ForkPoint {
+pub fn freeze_all(agent: &mut Agent, streams: Streams) -> ForkPoint {
     agent.send(&Request::Freeze);
     assert_eq!(agent.event(), Event::Frozen);
     assert_eq!(rest(streams.stdout), "");
@@ -51,7 +51,7 @@ fn freeze_all(agent: &mut Agent, streams: Streams) -> ForkPoint {
     agent.freeze()
 }
 
-fn attach(agent: &mut Agent) -> Streams {
+pub fn attach(agent: &mut Agent) -> Streams {
     let streams = agent.streams_of(CONTAINER);
     agent.send(&Request::Attach {
         streams: vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
