@@ -403,3 +403,56 @@ fn nothing_is_left_of_a_network_whose_processes_were_killed() {
     does(root, &["rm", "-f", "victim-1", "victim-2"]);
     assert_eq!(state(), before);
 }
+
+/// How many at once; `cargo xtask soak` asks for a hundred.
+fn many() -> usize {
+    let asked = std::env::var("VM_RUN_TEST_NETWORKED").ok();
+    asked.map_or(6, |n| n.parse().expect("VM_RUN_TEST_NETWORKED is a number"))
+}
+
+#[test]
+fn many_containers_at_once_serve_each_other_and_their_host() {
+    let own = own_root();
+    let root = own.path();
+    does(root, &["network", "create", "crowd"]);
+    let start = Instant::now();
+    let script = "mkdir /www; hostname > /www/index.html; exec httpd -f -p 80 -h /www";
+    std::thread::scope(|scope| {
+        for number in 0..many() {
+            scope.spawn(move || {
+                let (name, port) = (format!("one-{number}"), format!("{}:80", 21_000 + number));
+                let words = [
+                    "--network",
+                    "crowd",
+                    "-p",
+                    &port,
+                    "--name",
+                    &name,
+                    "--hostname",
+                    &name,
+                ];
+                starts(
+                    root,
+                    &[&words[..], &["busybox", "sh", "-c", script]].concat(),
+                );
+            });
+        }
+    });
+    println!("{} began in {:?}", many(), start.elapsed());
+    for number in 0..many() {
+        let address = format!("127.0.0.1:{}", 21_000 + number);
+        until(&address, || http(&address) == format!("one-{number}\n"));
+    }
+    let script = format!(
+        "n=0; while [ $n -lt {} ]; do wget -q -O - http://one-$n/ | grep -qx one-$n || echo no $n
+        n=$((n + 1)); done; echo over",
+        many()
+    );
+    let ran = shell(root, &["--network", "crowd"], &script);
+    assert_eq!(ran.out(), "over\n", "{ran}");
+    println!("and served all in {:?}", start.elapsed());
+    let all = does(root, &["ps", "-q"]);
+    let names: Vec<&str> = all.lines().collect();
+    does(root, &[&["rm", "-f"], &names[..]].concat());
+    does(root, &["network", "rm", "crowd"]);
+}

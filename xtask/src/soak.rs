@@ -44,6 +44,8 @@ pub fn run(args: &Args) -> Result<()> {
     guest_tests("kills::", test::KILLS, "100")?;
     step("two hundred children of a bare and of a warm template");
     guest_tests("::many_children_", test::CHILDREN, "200")?;
+    step("a hundred containers on one network");
+    guest_tests("networks::many_", test::NETWORKED, "100")?;
     step("what root images cost");
     test::guest_tests(vmhost::HostKernel::default(), test::ROOTS)?;
     step("the guest tests on the oldest host kernel that is supported");

@@ -65,6 +65,9 @@ pub const KILLS: &str = "VM_RUN_TEST_KILLS";
 /// How many children are looked at for what they share.
 pub const CHILDREN: &str = "VM_RUN_TEST_CHILDREN";
 
+/// How many containers are on one network at once; a few if nothing is said.
+pub const NETWORKED: &str = "VM_RUN_TEST_NETWORKED";
+
 /// Runs the tests of Linux guests that match `filter`.
 pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> {
     let guest = guest::ensure()?;
@@ -84,7 +87,7 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
         ("VM_RUN_TEST_PREFIX", prefix.path().into()),
         ("VM_RUN_BOOT_TIMEOUT", "60".into()),
     ];
-    for name in [KILLS, CHILDREN] {
+    for name in [KILLS, CHILDREN, NETWORKED] {
         if let Some(count) = std::env::var_os(name) {
             env.push((name, count.into()));
         }
