@@ -20,7 +20,7 @@ fn a_kernel_whose_drivers_are_modules_is_refused_by_their_names() {
 
 /// The walk's reference had a tmpfs, and neither device rules nor a container
 /// around it: entry, the answer there, the answer here, why.
-const CIRCUMSTANCES: [[&str; 4]; 9] = [
+const CIRCUMSTANCES: [[&str; 4]; 11] = [
     [
         "socket inet dgram icmp",
         "EACCES",
@@ -59,6 +59,18 @@ const CIRCUMSTANCES: [[&str; 4]; 9] = [
         "ok",
         "EOPNOTSUPP",
         "an overlay has none by default",
+    ],
+    [
+        "socket qipcrtr dgram",
+        "EAFNOSUPPORT",
+        "ok",
+        "the guest's first network namespace",
+    ],
+    [
+        "file /proc/sys/net/core/bpf_jit_enable",
+        "ENOENT",
+        "ok",
+        "the guest's first network namespace",
     ],
 ];
 

@@ -219,7 +219,8 @@ pub const CASES: &[Case] = &[
     script("the domain name", RUN, &["--hostname", "hal", "--domainname", "example.org", "odd", "sh", "-c", "cat /proc/sys/kernel/domainname; grep -c 'hal.example.org hal' /etc/hosts"], "example.org\n1\n"),
     script("more hosts", RUN, &["--add-host", "db:192.0.2.1", "--add-host", "six=[2001:db8::1]", "odd", "tail", "-n", "2", "/etc/hosts"], "192.0.2.1\tdb\n2001:db8::1\tsix\n"),
     fails("a host without an address", RUN, &["--add-host", "db", "odd", "true"], "bad format for add-host: \"db\"", 125),
-    script("no name servers", RUN, &["odd", "sh", "-c", "test -f /etc/resolv.conf && cat /etc/resolv.conf"], ""),
+    script("a name server of its own", RUN, &["odd", "grep", "nameserver", "/etc/resolv.conf"], "nameserver 192.0.0.1\n"),
+    script("no name servers", RUN, &["--network", "none", "odd", "sh", "-c", "test -f /etc/resolv.conf && cat /etc/resolv.conf"], ""),
     script("name servers", RUN, &["--dns", "192.0.2.53", "--dns-search", "example.org", "--dns-option", "ndots:2", "odd", "cat", "/etc/resolv.conf"], "nameserver 192.0.2.53\nsearch example.org\noptions ndots:2\n"),
     fails("a name server that is none", RUN, &["--dns", "here", "odd", "true"], "not correctly formatted", 125),
     // The kernel's file systems.
