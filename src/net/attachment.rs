@@ -365,6 +365,7 @@ fn join(
             "an address or an alias of one's own is for networks that somebody has made: see `network create`"
         );
     }
+    let (network, bridge) = host.bridge(network)?;
     let endpoint = host.store.join(&Join {
         network: &network,
         owner: owner.id(),
@@ -372,7 +373,6 @@ fn join(
         aliases: &membership.aliases,
         ipv4: membership.ipv4,
     })?;
-    let bridge = host.bridge(&network)?;
     let joined = Joined {
         network,
         endpoint,

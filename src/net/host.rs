@@ -5,9 +5,10 @@
 use super::links::Links;
 use super::namespace::{has_ipv6, set_parameter};
 use super::owner::{self, Owner};
-use super::store::{Endpoint, Network, Store};
-use super::{firewall, rules};
-use anyhow::{Context, Result, anyhow};
+use super::store::{DEFAULT, Endpoint, Network, Store};
+use super::{firewall, pool, rules};
+use anyhow::{Context, Result, anyhow, bail};
+use ipnet::IpNet;
 use rustix::fs::{FlockOperation, flock};
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -75,17 +76,45 @@ impl Host {
         Ok(())
     }
 
-    /// The bridge of a network; its number. The host forwards from now on.
+    /// The bridge of a network that somebody is to be on: its number, and the network,
+    /// which may have got other addresses. The host forwards from now on.
     ///
     /// # Errors
     /// No bridges in this kernel, no privilege, or addresses that the host has already.
-    pub fn bridge(&self, network: &Network) -> Result<u32> {
+    pub fn bridge(&mut self, network: Network) -> Result<(Network, u32)> {
+        if let Ok(index) = Links::new().index(&network.bridge()) {
+            return Ok((network, index));
+        }
+        let network = self.out_of_the_way(network)?;
+        let index = Self::make_bridge(&network)?;
+        Ok((network, index))
+    }
+
+    /// The host has come to have other networks since this one was made. The default one
+    /// moves, if nobody is on it.
+    fn out_of_the_way(&mut self, mut network: Network) -> Result<Network> {
+        let Some(other) = pool::in_the_way(&network.spec) else {
+            return Ok(network);
+        };
+        let endpoints = self.store.endpoints()?;
+        let is_used = endpoints.iter().any(|one| one.network == network.id);
+        if network.name != DEFAULT || is_used {
+            bail!(
+                "network {} ({}) is where this host has {other}: remove that, or make the network anew",
+                network.name,
+                network.spec.ipv4
+            );
+        }
+        let taken: Vec<IpNet> = self.store.list()?.iter().flat_map(Network::nets).collect();
+        network.spec.ipv4 = pool::free_net(&network.id, &taken)?;
+        self.store.set_spec(&network)?;
+        Ok(network)
+    }
+
+    fn make_bridge(network: &Network) -> Result<u32> {
         let mut links = Links::new();
         let name = network.bridge();
         let what = || format!("cannot make the bridge of network {}", network.name);
-        if let Ok(index) = links.index(&name) {
-            return Ok(index);
-        }
         let make = |links: &mut Links| -> io::Result<u32> {
             let index = links.add_bridge(&name)?;
             let has_ipv6 = network.spec.ipv6.is_some() && has_ipv6();

@@ -38,7 +38,7 @@ impl Wanted {
     pub fn spec(&self, id: &str, taken: &[IpNet]) -> Result<NetworkSpec> {
         let ipv4 = match self.ipv4 {
             Some(net) => checked(net.trunc().into(), taken).map(|()| net.trunc())?,
-            None => free(taken, &host_destinations())?,
+            None => free_net(id, taken)?,
         };
         let ipv6 = match self.ipv6 {
             Some(net) => Some(checked(net.trunc().into(), taken).map(|()| net.trunc())?),
@@ -53,6 +53,23 @@ impl Wanted {
             labels: self.labels.clone(),
         })
     }
+}
+
+/// A net for the network `id`, that nobody has now.
+///
+/// # Errors
+/// None is left.
+pub fn free_net(id: &str, taken: &[IpNet]) -> Result<Ipv4Net> {
+    free(id, taken, &host_destinations())
+}
+
+/// What of the host's is in the way of a network.
+pub fn in_the_way(network: &NetworkSpec) -> Option<IpNet> {
+    let own = [Some(IpNet::V4(network.ipv4)), network.ipv6.map(IpNet::V6)];
+    let own = own.into_iter().flatten();
+    let mut others = host_destinations().into_iter();
+    let own: Vec<IpNet> = own.collect();
+    others.find(|other| own.iter().any(|net| overlap(net, other)))
 }
 
 /// What cannot be asked cannot be avoided either: the kernel refuses then, in its words.
@@ -79,13 +96,20 @@ fn checked(net: IpNet, taken: &[IpNet]) -> Result<()> {
     }
 }
 
-fn free(taken: &[IpNet], host: &[IpNet]) -> Result<Ipv4Net> {
-    let mut all = POOL.subnets(LENGTH).context("no nets")?;
-    all.find(|net| {
-        let is_free = |others: &[IpNet]| !others.iter().any(|o| overlap(&IpNet::V4(*net), o));
-        is_free(taken) && is_free(host)
-    })
-    .with_context(|| format!("all of {POOL} is taken: give a --subnet"))
+/// Not the first of all: another state directory of this host, whose networks are not on
+/// it now, would choose the same.
+fn free(id: &str, taken: &[IpNet], host: &[IpNet]) -> Result<Ipv4Net> {
+    let all: Vec<Ipv4Net> = POOL.subnets(LENGTH).context("no nets")?.collect();
+    let digits = usize::from_str_radix(id.get(..8).unwrap_or_default(), 16);
+    let (before, from) = all.split_at(digits.unwrap_or_default() % all.len());
+    let is_free = |net: &&Ipv4Net| {
+        let mut others = taken.iter().chain(host);
+        !others.any(|other| overlap(&IpNet::V4(**net), other))
+    };
+    let found = from.iter().chain(before).find(is_free);
+    found
+        .copied()
+        .with_context(|| format!("all of {POOL} is taken: give a --subnet"))
 }
 
 fn overlap(one: &IpNet, other: &IpNet) -> bool {
@@ -112,16 +136,16 @@ mod tests {
     #[test]
     fn the_first_that_nobody_has_is_taken() {
         let free = |taken: &[&str], host: &[&str]| {
-            let found = free(&nets(taken), &nets(host));
+            let found = free("00000001", &nets(taken), &nets(host));
             found.expect("one").to_string()
         };
-        assert_eq!(free(&[], &["0.0.0.0/0", "172.17.0.0/16"]), "10.192.0.0/20");
-        assert_eq!(free(&["10.192.0.0/20"], &[]), "10.192.16.0/20");
+        assert_eq!(free(&[], &["0.0.0.0/0", "172.17.0.0/16"]), "10.192.16.0/20");
+        assert_eq!(free(&["10.192.16.0/20"], &[]), "10.192.32.0/20");
         assert_eq!(
-            free(&["10.192.0.0/20"], &["10.192.16.0/24"]),
-            "10.192.32.0/20"
+            free(&["10.192.16.0/20"], &["10.192.32.0/24"]),
+            "10.192.48.0/20"
         );
-        assert!(super::free(&nets(&["10.0.0.0/8"]), &[]).is_err());
+        assert!(super::free("0", &nets(&["10.0.0.0/8"]), &[]).is_err());
     }
 
     #[test]

@@ -252,6 +252,18 @@ impl Store {
         networks(&self.0)
     }
 
+    /// Replaces what a network is.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn set_spec(&self, network: &Network) -> Result<()> {
+        self.0.execute(
+            "UPDATE network SET spec = ?2 WHERE id = ?1",
+            (&network.id, serde_json::to_string(&network.spec)?),
+        )?;
+        Ok(())
+    }
+
     /// Forgets a network.
     ///
     /// # Errors
