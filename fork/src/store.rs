@@ -31,7 +31,7 @@ use vmm::{Cpu, Image, VmState};
 
 /// The version of the whole directory. Goes up with every change of meaning in
 /// the manifest, in the state or in what the memory holds.
-pub const FORMAT: u32 = 7;
+pub const FORMAT: u32 = 8;
 
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state";

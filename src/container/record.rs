@@ -81,6 +81,9 @@ pub struct Spec {
     /// What of the host's it sees.
     #[serde(default)]
     pub mounts: Vec<Mount>,
+    /// Whether the connections stay open that the container in its template had.
+    #[serde(default)]
+    pub keep_connections: bool,
     /// Whether it is started again when it ends.
     #[serde(default)]
     pub restart: RestartPolicy,

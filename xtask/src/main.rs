@@ -14,6 +14,7 @@ mod install;
 mod kernel;
 mod soak;
 mod test;
+mod twins;
 mod vmhost;
 
 use anyhow::Result;

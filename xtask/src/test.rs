@@ -2,7 +2,7 @@
 
 use crate::artifacts::{build_one, cargo};
 use crate::vmhost::{self, Options};
-use crate::{guest, host, images, install, kernel};
+use crate::{guest, host, images, install, kernel, twins};
 use anyhow::{Result, bail};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -67,6 +67,7 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
         ("VM_RUN_TEST_BUSYBOX", images::ensure_busybox()?),
         ("VM_RUN_TEST_PYTHON", images::ensure_debian_python()?),
         ("VM_RUN_TEST_WALK", kernel::walk_program()?),
+        ("VM_RUN_TEST_TWINS", twins::ensure()?),
         (
             "VM_RUN_TEST_STOCK_KERNEL",
             vmhost::stock_kernel(host_kernel)?,

@@ -83,6 +83,8 @@ pub struct Server {
     /// Streams that stopped only to let others have their turn.
     unfinished: Vec<u64>,
     container: Container,
+    /// Whether it is on the guest's own network.
+    is_connected: bool,
     warm: Option<Warm>,
     stage: Stage,
     attachment: Attachment,
@@ -116,6 +118,7 @@ impl Server {
             streams: BTreeMap::new(),
             unfinished: Vec::new(),
             container: Container::new(prepared),
+            is_connected: false,
             warm: None,
             stage: Stage::Serving,
             attachment: Attachment::Tied,
@@ -293,6 +296,7 @@ impl Server {
         let sense = match request {
             _ if self.stage.is_leaving() => false,
             Request::StartContainer { container, process } => {
+                self.is_connected = container.network;
                 let sense = self.container.ask(container, Some(process));
                 self.streams_have_come(CONTAINER)?;
                 sense
