@@ -91,6 +91,10 @@ pub struct CreateArgs {
     /// goes on; no IMAGE is given, and a command after -- runs beside it
     #[arg(long, value_name = "NAME")]
     template: Option<String>,
+    /// What becomes of the connections to the outside that the container in TEMPLATE had:
+    /// its programs are told that they are gone, or they stay open [default: reset]
+    #[arg(long, value_name = "WHAT", value_enum)]
+    connections: Option<Connections>,
     #[command(flatten)]
     size: SizeArgs,
     /// The trust domain: children share their template's memory only with others
@@ -118,6 +122,13 @@ pub struct CreateArgs {
         value_name = "IMAGE [COMMAND...]"
     )]
     words: Vec<String>,
+}
+
+/// What can be typed after `--connections`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Connections {
+    Reset,
+    Keep,
 }
 
 /// What can be typed after `run`.
@@ -273,6 +284,7 @@ fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
         auto_remove: args.rm,
         mounts: Vec::new(),
         network: net::Plan::default(),
+        keep_connections: args.connections == Some(Connections::Keep),
         restart,
         log: log_limits(&args.log_opt)?,
         options: Options::default(),
@@ -281,6 +293,9 @@ fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
 
 /// The plan for a child of a bare template.
 fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
+    if args.connections.is_some() {
+        bail!("--connections is for a template with a container inside, and this one has none");
+    }
     let store = Store::open(root)?;
     let (config, command) = match &args.rootfs {
         Some(path) => {

@@ -8,6 +8,7 @@
 //! agent's events together.
 
 mod hear;
+mod identity;
 mod task;
 
 use self::hear::Next;
@@ -67,6 +68,7 @@ pub struct Child {
 #[derive(Debug)]
 pub(crate) struct Born {
     pub(crate) generation: u64,
+    pub(crate) hostname: String,
     /// Its root image: for a template of it.
     pub(crate) root: Option<File>,
     /// Whether its VM stops, or has stopped, at the identity.
@@ -123,17 +125,6 @@ impl Child {
             streams: Vec::new(),
             container,
         }
-    }
-
-    /// Waits until the guest has applied its identity.
-    ///
-    /// # Errors
-    /// A guest that does not, or that applied another one: it is poisoned, and
-    /// nothing is ever started in it.
-    pub fn confirm(&mut self) -> Result<(), Error> {
-        self.expect(Phase::Forked, "is not fresh from the fork")?;
-        let result = self.await_identity();
-        self.settle(result, Phase::Confirmed)
     }
 
     /// Lets a child go on that was to be held ([`ForkSpec::hold`]
@@ -453,32 +444,6 @@ impl Child {
             Phase::Poisoned
         };
         result
-    }
-
-    fn await_identity(&mut self) -> Result<(), Error> {
-        match self.next(Some(Instant::now() + TIMEOUT), None)? {
-            Next::News(News::IdentityApplied {
-                generation,
-                entered,
-                at,
-            }) if generation == self.born.generation => {
-                self.stages.entered = Some(entered);
-                self.stages.confirmed = Some(at);
-                Ok(())
-            }
-            Next::News(News::IdentityApplied { .. }) => {
-                Err(Error::Identity(": it has another child's".into()))
-            }
-            Next::News(News::Dead(why)) => Err(Error::Identity(format!(": {why}"))),
-            Next::Timeout => {
-                let tail = self.machine.console_tail().join(" | ");
-                let seconds = TIMEOUT.as_secs();
-                Err(Error::Identity(format!(" in {seconds} s; console: {tail}")))
-            }
-            Next::News(_) | Next::Heard(_) | Next::Woken => {
-                Err(Error::Identity(": it speaks out of turn".into()))
-            }
-        }
     }
 
     fn await_fork_point(&mut self) -> Result<(), Error> {

@@ -86,6 +86,7 @@ pub use stages::{ForkPath, Stages};
 pub use stats::ChildStats;
 pub use store::{FORMAT, Manifest};
 pub use template::{BootSpec, DEFAULT_DOMAIN, ForkSpec, Kind, Template, Warm};
+pub use vm_run_abi::identity::Connections;
 pub use vm_run_abi::options::{ContainerOptions, Limit, ProcessOptions, Tmpfs};
 pub use vm_run_abi::protocol::{
     CONTAINER, ContainerSpec, ExitStatus, Hook, Hooks, Mount, ProcessId, ProcessSpec, StartFailure,

@@ -24,6 +24,8 @@ pub(crate) enum News {
         entered: Moment,
         at: Moment,
     },
+    /// The guest's kernel has taken the identity of this generation, by the interrupt.
+    IdentityTaken { generation: u64 },
     /// A guest without Linux has answered.
     Answer {
         value: u64,
@@ -56,6 +58,9 @@ impl News {
                 generation: *generation,
                 entered: *entered,
                 at: *at,
+            },
+            Event::IdentityTaken { generation } => Self::IdentityTaken {
+                generation: *generation,
             },
             Event::Answer { value, entered, at } => Self::Answer {
                 value: *value,
@@ -191,6 +196,18 @@ impl Machine {
         match self {
             Self::Here(local) => Ok(local.vm.resume()?),
             Self::Worker(remote) => remote.resume(),
+        }
+    }
+
+    /// Stops it, and lets it go on as somebody else: see [`Vm::renew`].
+    pub(crate) fn renew(&mut self, page: &[u8]) -> Result<(), Error> {
+        match self {
+            Self::Here(local) => {
+                local.vm.pause()?;
+                local.vm.renew(page)?;
+                Ok(local.vm.resume()?)
+            }
+            Self::Worker(remote) => remote.renew(page),
         }
     }
 

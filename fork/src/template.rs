@@ -18,7 +18,7 @@ use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use vm_run_abi::identity::Identity;
+use vm_run_abi::identity::{Connections, Identity};
 use vm_run_abi::protocol::{Hooks, Stream};
 use vm_run_abi::{VERSION, identity as page};
 use vmm::payload::micro;
@@ -110,6 +110,9 @@ pub struct ForkSpec {
     pub network: Option<Network>,
     /// The trust domain of whoever asks.
     pub domain: String,
+    /// What becomes of the connections to the outside that the container in a warm
+    /// template had: see docs/warm.md.
+    pub connections: Connections,
     /// Whether it stops when it has its identity, until [`Child::release`] or the
     /// start of its container.
     pub hold: bool,
@@ -124,6 +127,7 @@ impl Default for ForkSpec {
             volumes: Vec::new(),
             network: None,
             domain: DEFAULT_DOMAIN.into(),
+            connections: Connections::default(),
             hold: false,
         }
     }
@@ -381,9 +385,11 @@ impl Template {
                 "the container in a warm template runs already: it gets no volumes",
             ));
         }
+        let mut identity = identity::draw(&spec.hostname)?;
+        identity.connections = spec.connections;
         Ok(Request {
             asked,
-            identity: identity::draw(&spec.hostname)?,
+            identity,
             disks: self.place(spec.disks)?,
             volumes: spec.volumes,
             network: spec.network,
@@ -537,6 +543,7 @@ impl Request {
         let root = self.disks.root.as_ref().map(File::try_clone).transpose();
         Ok(Born {
             generation: self.identity.generation,
+            hostname: self.identity.hostname().into(),
             root: root.map_err(Error::Process)?,
             is_held: self.hold,
             has_volumes: !self.volumes.is_empty(),

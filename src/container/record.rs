@@ -85,6 +85,9 @@ pub struct Spec {
     /// How it is connected.
     #[serde(default)]
     pub network: net::Plan,
+    /// Whether the connections stay open that the container in its template had.
+    #[serde(default)]
+    pub keep_connections: bool,
     /// Whether it is started again when it ends.
     #[serde(default)]
     pub restart: RestartPolicy,

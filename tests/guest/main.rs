@@ -2,6 +2,8 @@
 //! Linux; `cargo xtask test` runs them on such a host, emulated if need be.
 
 mod bad_input;
+mod clock;
+mod connections;
 mod containers;
 mod copy;
 mod death;
@@ -9,6 +11,7 @@ mod differential;
 mod health;
 mod identity;
 mod installed;
+mod instants;
 mod isolation;
 mod kernel;
 mod kills;

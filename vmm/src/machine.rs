@@ -69,6 +69,12 @@ pub enum Event {
         /// When the store left the guest.
         at: Moment,
     },
+    /// The guest's kernel has taken the identity that [`Vm::renew`](crate::Vm::renew)
+    /// gave it.
+    IdentityTaken {
+        /// As it read it.
+        generation: u64,
+    },
     /// A guest without Linux has answered, and is parked.
     Answer {
         /// The value.

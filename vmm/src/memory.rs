@@ -207,6 +207,16 @@ impl Ram {
         write(&self.memory, gpa, data)
     }
 
+    /// Reads `into.len()` bytes at a guest-physical address.
+    ///
+    /// # Errors
+    /// An address that is not RAM.
+    pub(crate) fn read(&self, gpa: u64, into: &mut [u8]) -> Result<(), Error> {
+        self.memory
+            .read_slice(into, GuestAddress(gpa))
+            .map_err(|source| Error::GuestMemory { gpa, source })
+    }
+
     /// For KVM_SET_USER_MEMORY_REGION: (guest-physical, host address, length).
     pub(crate) fn slots(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
         self.ranges.iter().filter_map(|range| {

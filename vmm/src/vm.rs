@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use vm_run_abi::identity;
 
 /// What to boot.
 #[derive(Debug, Clone)]
@@ -63,6 +64,15 @@ impl VmState {
         match u8::try_from(self.vcpus.len()) {
             Ok(1..=VCPUS_MAX) => Ok(()),
             _ => Err(Error::State(format!("{} vCPUs", self.vcpus.len()))),
+        }
+    }
+
+    /// Makes the interrupt pending by which a guest that was stopped at any instruction
+    /// learns that it is a child: each VM that is restored from this takes it, on all
+    /// vCPUs, before a program runs in it. See [`Vm::renew`], which does so to a VM.
+    pub fn interrupt_for_identity(&mut self) {
+        for vcpu in &mut self.vcpus {
+            vcpu.interrupt(identity::VECTOR);
         }
     }
 
@@ -237,6 +247,38 @@ impl Vm {
             .vcpus
             .iter()
             .try_for_each(|vcpu| vcpu.send(Order::Resume))
+    }
+
+    /// Gives a paused VM, stopped at any instruction, another identity: it is to go on
+    /// as somebody else. `page` is what [`vm_run_abi::identity`] says; the interrupt that
+    /// makes the guest's kernel take it is pending on all vCPUs when this returns, and no
+    /// program in it runs before. [`Event::IdentityTaken`](crate::Event::IdentityTaken)
+    /// tells of it after [`Self::resume`].
+    ///
+    /// # Errors
+    /// A VM that is not paused, a kernel that takes no such interrupt, or what KVM says:
+    /// then it must not go on, for it may be told in part.
+    pub fn renew(&self, page: &[u8]) -> Result<(), Error> {
+        let parts = self.parts()?;
+        for vcpu in &parts.vcpus {
+            vcpu.hear(&vcpu.ask(Order::Renew)?)??;
+        }
+        let mut driver = [0; identity::DRIVER.len()];
+        parts
+            .kvm
+            .ram
+            .read(identity::GPA + identity::DRIVER_AT, &mut driver)?;
+        if driver != identity::DRIVER {
+            return Err(Error::Guest(
+                "the guest's kernel cannot be told of a new identity: it is not vm-run's own"
+                    .into(),
+            ));
+        }
+        parts.kvm.ram.write(identity::GPA, page)?;
+        for (id, _) in (0..).zip(&parts.vcpus) {
+            parts.kvm.interrupt(id, identity::VECTOR)?;
+        }
+        Ok(())
     }
 
     /// Ends it, and waits until it is closed.

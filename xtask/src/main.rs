@@ -15,6 +15,7 @@ mod kernel;
 mod programs;
 mod soak;
 mod test;
+mod twins;
 mod vmhost;
 
 use anyhow::Result;

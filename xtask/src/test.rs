@@ -2,7 +2,7 @@
 
 use crate::artifacts::{build_one, cargo};
 use crate::vmhost::{self, Options};
-use crate::{guest, host, images, install, kernel, programs};
+use crate::{guest, host, images, install, kernel, programs, twins};
 use anyhow::{Result, bail};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -80,6 +80,7 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
         ("VM_RUN_TEST_WALK", kernel::walk_program()?),
         ("VM_RUN_TEST_PROGRAMS", programs::ensure()?),
         ("VM_RUN_TEST_SILENT", programs::silent_guest()?),
+        ("VM_RUN_TEST_TWINS", twins::ensure()?),
         (
             "VM_RUN_TEST_STOCK_KERNEL",
             vmhost::stock_kernel(host_kernel)?,

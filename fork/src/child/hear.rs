@@ -82,7 +82,7 @@ impl Child {
         self.note(next)
     }
 
-    fn note(&mut self, next: Next) -> Result<Option<Event>, Error> {
+    pub(super) fn note(&mut self, next: Next) -> Result<Option<Event>, Error> {
         match next {
             Next::Heard(Heard::Event(Event::Exited { process, status })) => {
                 self.exits.insert(process, status);

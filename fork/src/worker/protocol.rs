@@ -44,6 +44,11 @@ pub(crate) enum ToWorker {
     Pause,
     /// Let the guest go on, which was held or stopped.
     Resume,
+    /// Stop the guest, and let it go on as somebody else.
+    Renew {
+        /// What the identity page is to hold.
+        identity: Vec<u8>,
+    },
     /// Connect to a port of the guest.
     Connect { port: u32 },
     /// Tell the guest's last words.
@@ -63,6 +68,7 @@ pub(crate) enum FromWorker {
     },
     Paused,
     Resumed,
+    Renewed,
     /// With it: the stream.
     Connected,
     LastWords(Vec<String>),

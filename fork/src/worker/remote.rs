@@ -167,6 +167,15 @@ impl Remote {
         }
     }
 
+    pub(crate) fn renew(&mut self, page: &[u8]) -> Result<(), Error> {
+        let identity = page.to_vec();
+        self.ask(&ToWorker::Renew { identity }, &[])?;
+        match self.answer()? {
+            (FromWorker::Renewed, _) => Ok(()),
+            (other, _) => Err(odd(&other)),
+        }
+    }
+
     pub(crate) fn last_words(&mut self) -> Result<Vec<String>, Error> {
         self.ask(&ToWorker::LastWords, &[])?;
         match self.answer()? {

@@ -109,6 +109,14 @@ impl Worker {
                 self.vm()?.resume().map_err(|e| e.to_string())?;
                 Ok((FromWorker::Resumed, Vec::new()))
             }
+            ToWorker::Renew { identity } => {
+                let vm = self.vm()?;
+                vm.pause()
+                    .and_then(|()| vm.renew(&identity))
+                    .and_then(|()| vm.resume())
+                    .map_err(|e| e.to_string())?;
+                Ok((FromWorker::Renewed, Vec::new()))
+            }
             ToWorker::LastWords => {
                 let words = last_words(self.vm()?.console_tail(CONSOLE_LINES));
                 Ok((FromWorker::LastWords(words), Vec::new()))

@@ -24,6 +24,9 @@ pub const BOOT_FAILED: u64 = 0x20;
 /// A guest without Linux (`bench fork --guest micro`, the probes of `doctor`)
 /// answers with a value.
 pub const ANSWER: u64 = 0x28;
+/// The kernel has taken the identity by the interrupt [`crate::identity::VECTOR`], and
+/// no program has run since that was raised. The value is the generation that was read.
+pub const IDENTITY_TAKEN: u64 = 0x30;
 
 /// The longest line that [`MESSAGE`] builds; bytes after it are dropped.
 pub const MESSAGE_MAX: usize = 1024;
@@ -49,6 +52,11 @@ pub enum Ring {
     BootFailed,
     /// See [`ANSWER`].
     Answer(u64),
+    /// See [`IDENTITY_TAKEN`].
+    IdentityTaken {
+        /// The generation that the guest read from the identity page.
+        generation: u64,
+    },
 }
 
 impl Ring {
@@ -64,6 +72,7 @@ impl Ring {
             MESSAGE => Self::Message(value as u8),
             BOOT_FAILED => Self::BootFailed,
             ANSWER => Self::Answer(value),
+            IDENTITY_TAKEN => Self::IdentityTaken { generation: value },
             _ => return None,
         })
     }
@@ -85,7 +94,7 @@ mod tests {
         );
         assert_eq!(Ring::decode(FORK_POINT, &1u32.to_le_bytes()), None);
         assert_eq!(Ring::decode(FORK_POINT, &[]), None);
-        assert_eq!(Ring::decode(0x30, &1u64.to_le_bytes()), None);
+        assert_eq!(Ring::decode(0x38, &1u64.to_le_bytes()), None);
         assert_eq!(Ring::decode(4, &1u64.to_le_bytes()), None);
     }
 }

@@ -9,6 +9,19 @@
 /// The guest-physical address of the identity page.
 pub const GPA: u64 = 0x9_e000;
 
+/// The interrupt by which a child that was forked at any instruction is told to read
+/// the page, before anything runs in it: made pending on all of its vCPUs
+/// (`guest-kernel/linux/patches/0004-…`). One of the vectors that Linux gives to no
+/// device (arch/x86/include/asm/irq_vectors.h).
+pub const VECTOR: u8 = 0xf5;
+
+/// Where in the page, in bytes, a kernel that takes that interrupt has put
+/// [`DRIVER`], at its boot: any other would go on as its parent.
+pub const DRIVER_AT: u64 = 0xff8;
+
+/// See [`DRIVER_AT`].
+pub const DRIVER: [u8; 8] = *b"vmrunirq";
+
 /// How many bytes of the page are used, from its start.
 pub const SIZE: usize = 168;
 
@@ -30,7 +43,8 @@ const MAGIC: [u8; 8] = *b"vmrun-id";
 /// | 24 | 64 | entropy |
 /// | 88 | 1 | hostname's length |
 /// | 89 | 64 | hostname |
-/// | 153 | 15 | zero |
+/// | 153 | 1 | connections: 0 to reset them, 1 to keep them |
+/// | 154 | 14 | zero |
 #[derive(Clone, PartialEq, Eq)]
 pub struct Identity {
     /// Never zero in a child, and never twice the same for one template.
@@ -39,8 +53,21 @@ pub struct Identity {
     pub realtime_ns: u64,
     /// From the host's getrandom(2).
     pub entropy: [u8; ENTROPY_LEN],
+    /// What becomes of a frozen container's connections.
+    pub connections: Connections,
     hostname: [u8; HOSTNAME_MAX],
     hostname_len: u8,
+}
+
+/// What becomes of the connections that a container had to the outside when it was frozen,
+/// before it runs in a child.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Connections {
+    /// Connections of TCP are aborted: their programs are told at once.
+    #[default]
+    Reset,
+    /// They stay open: for who gives the child a network in which their other ends are.
+    Keep,
 }
 
 /// Why a page or a hostname is no identity.
@@ -52,6 +79,8 @@ pub enum Invalid {
     NoGeneration,
     /// Empty, longer than [`HOSTNAME_MAX`] or not of the bytes `[A-Za-z0-9.-]`.
     Hostname,
+    /// Nothing that there is to do with connections.
+    Connections,
 }
 
 impl core::fmt::Display for Invalid {
@@ -60,6 +89,7 @@ impl core::fmt::Display for Invalid {
             Self::NoMagic => "the identity page is empty",
             Self::NoGeneration => "the identity page has no generation",
             Self::Hostname => "a hostname is 1 to 64 of the characters A-Z a-z 0-9 . -",
+            Self::Connections => "the identity page says nothing of connections",
         })
     }
 }
@@ -67,7 +97,7 @@ impl core::fmt::Display for Invalid {
 impl core::error::Error for Invalid {}
 
 impl Identity {
-    /// Checks `hostname` and puts the identity together.
+    /// Checks `hostname` and puts the identity together. Connections are reset.
     pub fn new(
         generation: u64,
         realtime_ns: u64,
@@ -88,6 +118,7 @@ impl Identity {
             generation,
             realtime_ns,
             entropy,
+            connections: Connections::default(),
             hostname: padded,
             hostname_len: name.len() as u8,
         })
@@ -108,6 +139,10 @@ impl Identity {
         page[24..88].copy_from_slice(&self.entropy);
         page[88] = self.hostname_len;
         page[89..153].copy_from_slice(&self.hostname);
+        page[153] = match self.connections {
+            Connections::Reset => 0,
+            Connections::Keep => 1,
+        };
         page
     }
 
@@ -127,12 +162,14 @@ impl Identity {
             .get(..usize::from(page[88]))
             .and_then(|name| core::str::from_utf8(name).ok())
             .ok_or(Invalid::Hostname)?;
-        Self::new(
-            u64::from_le_bytes(word(8)),
-            u64::from_le_bytes(word(16)),
-            entropy,
-            name,
-        )
+        let generation = u64::from_le_bytes(word(8));
+        let mut identity = Self::new(generation, u64::from_le_bytes(word(16)), entropy, name)?;
+        identity.connections = match page[153] {
+            0 => Connections::Reset,
+            1 => Connections::Keep,
+            _ => return Err(Invalid::Connections),
+        };
+        Ok(identity)
     }
 }
 
@@ -143,6 +180,7 @@ impl core::fmt::Debug for Identity {
             .field("generation", &self.generation)
             .field("realtime_ns", &self.realtime_ns)
             .field("hostname", &self.hostname())
+            .field("connections", &self.connections)
             .finish_non_exhaustive()
     }
 }
@@ -156,6 +194,9 @@ mod tests {
         let id = Identity::new(7, 1_700_000_000_000_000_000, [9; 64], "web-1.local").unwrap();
         assert_eq!(Identity::from_bytes(&id.to_bytes()), Ok(id.clone()));
         assert_eq!(id.hostname(), "web-1.local");
+        let mut keeping = id;
+        keeping.connections = Connections::Keep;
+        assert_eq!(Identity::from_bytes(&keeping.to_bytes()), Ok(keeping));
     }
 
     #[test]
@@ -170,6 +211,9 @@ mod tests {
             page[88] = len;
             assert_eq!(Identity::from_bytes(&page), Err(Invalid::Hostname));
         }
+        let mut page = good;
+        page[153] = 2;
+        assert_eq!(Identity::from_bytes(&page), Err(Invalid::Connections));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, pwrite};
 use rustix::time::{ClockId, Timespec, clock_settime};
-use vm_run_abi::identity::{Identity, Invalid};
+use vm_run_abi::identity::{Connections, Identity, Invalid};
 
 /// Everything that the step from the fork point to the applied identity needs,
 /// made ready before the fork point: after it, nothing is opened or allocated.
@@ -18,6 +18,15 @@ pub struct ForkPoint {
     /// Where the kernel is told of the generation (`linux/patches/0003-…`): it draws a
     /// new boot_id, and wakes whoever polls. `None` on a kernel of a user's own.
     generation: Option<OwnedFd>,
+}
+
+/// What a child knows of itself, once it has its identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Child {
+    /// See [`Identity::generation`].
+    pub generation: u64,
+    /// See [`Identity::connections`].
+    pub connections: Connections,
 }
 
 const GENERATION: &str = "/proc/sys/kernel/random/generation";
@@ -45,26 +54,26 @@ impl ForkPoint {
     }
 
     /// Rings the fork point until this is a child, and makes its identity hold:
-    /// the result is its generation. An error must end the guest: nothing may run
+    /// the result is who it is. An error must end the guest: nothing may run
     /// under a twin's identity.
     ///
     /// Static, because a static lies in the program's image: from the fork point to
     /// the identity nothing of the ordinary stack or of the heap is touched.
-    pub fn become_child(&'static self) -> Result<u64, String> {
+    pub fn become_child(&'static self) -> Result<Child, String> {
         let mut result = Err(String::new());
         on_small_stack(|| {
-            let generation = self.take_identity();
+            let child = self.take_identity();
             // The entropy has been passed by value: whoever freezes this child is
             // not to find it in what the calls have left.
             sys::wipe_stack();
-            if let Ok(generation) = generation {
-                self.doorbell.identity_applied(generation);
+            if let Ok(child) = child {
+                self.doorbell.identity_applied(child.generation);
             }
-            result = generation;
+            result = child;
         });
-        let generation = result?;
-        self.tell_kernel(generation)?;
-        Ok(generation)
+        let child = result?;
+        self.tell_kernel(child.generation)?;
+        Ok(child)
     }
 
     /// Not on the way to the acknowledgement: it is a write by way of /proc, six pages
@@ -81,7 +90,7 @@ impl ForkPoint {
 
     /// A function of its own so that its frame can be wiped.
     #[inline(never)]
-    fn take_identity(&self) -> Result<u64, String> {
+    fn take_identity(&self) -> Result<Child, String> {
         let identity = loop {
             self.doorbell.fork_point();
             match Identity::from_bytes(&self.page.read()) {
@@ -92,7 +101,10 @@ impl ForkPoint {
         };
         self.page.wipe_entropy();
         self.apply(&identity)?;
-        Ok(identity.generation)
+        Ok(Child {
+            generation: identity.generation,
+            connections: identity.connections,
+        })
     }
 
     fn apply(&self, identity: &Identity) -> Result<(), String> {

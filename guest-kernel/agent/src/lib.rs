@@ -19,6 +19,7 @@
 //! pages. `unsafe` is in [`sys`] and [`doorbell`] alone.
 
 pub mod check;
+pub mod connections;
 pub mod container;
 pub mod control;
 pub mod devices;

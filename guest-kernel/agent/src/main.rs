@@ -64,9 +64,9 @@ fn live() -> Result<(), String> {
     let (fork_point, mut server) = boot()?;
     loop {
         settle()?;
-        let generation = fork_point.become_child()?;
+        let child = fork_point.become_child()?;
         server
-            .become_child(generation)
+            .become_child(child)
             .map_err(|e| format!("the container cannot be made a child: {e}"))?;
         let served = server.run();
         match served.map_err(|e| format!("the event loop failed: {e}"))? {

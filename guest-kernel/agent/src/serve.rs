@@ -86,6 +86,8 @@ pub struct Server {
     /// Streams that stopped only to let others have their turn.
     unfinished: Vec<u64>,
     container: Container,
+    /// Whether it is on the guest's own network.
+    is_connected: bool,
     warm: Option<Warm>,
     hooking: Hooking,
     /// What the kernel has drawn for threads that are frozen.
@@ -122,6 +124,7 @@ impl Server {
             streams: BTreeMap::new(),
             unfinished: Vec::new(),
             container: Container::new(prepared),
+            is_connected: false,
             warm: None,
             hooking: Hooking::default(),
             drawn: Vec::new(),
@@ -306,6 +309,7 @@ impl Server {
             _ if self.stage.is_leaving() => false,
             Request::StartContainer { container, process } => {
                 let hooking = container.warm.then(|| Hooking::new(&container, &process));
+                self.is_connected = container.network;
                 let sense = self.container.ask(container, Some(process));
                 if sense && let Some(hooking) = hooking {
                     self.hooking = hooking;

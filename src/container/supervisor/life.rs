@@ -11,8 +11,8 @@ use crate::templates;
 use anyhow::{Context, Result, bail};
 use fork::task::Task;
 use fork::{
-    CONTAINER, Child, ContainerSpec, Disks, ForkSpec, Host, Place, Pool, Process, ProcessId,
-    ProcessSpec, Stages, Stream, Template, WindowSize, Writable,
+    CONTAINER, Child, Connections, ContainerSpec, Disks, ForkSpec, Host, Place, Pool, Process,
+    ProcessId, ProcessSpec, Stages, Stream, Template, WindowSize, Writable,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, OwnedFd};
@@ -215,6 +215,10 @@ impl Mother {
             domain: self.spec.domain.clone(),
             volumes: self.volumes()?,
             network: self.tap()?,
+            connections: match self.spec.keep_connections {
+                true => Connections::Keep,
+                false => Connections::Reset,
+            },
             ..ForkSpec::default()
         })?)
     }

@@ -41,15 +41,7 @@ impl Wire {
         let wire = Self(format!("vm-run-{}-{count}", std::process::id()));
         find_tun();
         run(Command::new("ip").args(["netns", "add", &wire.0]));
-        let path = format!("/run/netns/{}", wire.0);
-        // A thread's namespace is its own.
-        let tap = std::thread::spawn(move || {
-            let namespace = File::open(path).expect("a namespace");
-            let kind = Some(LinkNameSpaceType::Network);
-            move_into_link_name_space(namespace.as_fd(), kind).expect("entered");
-            make_tap()
-        });
-        let tap = tap.join().expect("a tap");
+        let tap = wire.inside(make_tap);
         let ipv4 = Ipv4Addr::from(addresses::IPV4_GATEWAY);
         let ipv6 = Ipv6Addr::from(addresses::IPV6_GATEWAY);
         let mac = addresses::GATEWAY_MAC
@@ -66,6 +58,19 @@ impl Wire {
             run(Command::new("ip").args(["-n", &wire.0]).args(words));
         }
         (wire, Network { tap })
+    }
+
+    /// What `make` makes in the namespace: a socket stays there.
+    pub fn inside<T: Send + 'static>(&self, make: fn() -> T) -> T {
+        let path = format!("/run/netns/{}", self.0);
+        // A thread's namespace is its own.
+        let thread = std::thread::spawn(move || {
+            let namespace = File::open(path).expect("a namespace");
+            let kind = Some(LinkNameSpaceType::Network);
+            move_into_link_name_space(namespace.as_fd(), kind).expect("entered");
+            make()
+        });
+        thread.join().expect("made")
     }
 
     /// A command in the namespace.

@@ -275,10 +275,34 @@ impl VcpuState {
         Ok(())
     }
 
+    /// Makes an interrupt pending, as a message to its LAPIC does.
+    pub(crate) fn interrupt(&mut self, vector: u8) {
+        let (at, bit) = irr(vector);
+        self.lapic.regs[at] |= bit;
+    }
+
+    /// Whether that interrupt is pending.
+    pub(crate) fn has_interrupt(&self, vector: u8) -> bool {
+        let (at, bit) = irr(vector);
+        self.lapic.regs[at] & bit != 0
+    }
+
     /// The guest's CPUID, for comparing CPUs.
     pub fn cpuid(&self) -> &CpuId {
         &self.cpuid
     }
+}
+
+/// The byte of [`kvm_lapic_state`] and the bit in it that say that a vector is pending:
+/// eight registers of 32 vectors, one each 16 bytes (Intel SDM 3A, 11.8.4: IRR).
+fn irr(vector: u8) -> (usize, std::ffi::c_char) {
+    const IRR: usize = 0x200;
+    let vector = usize::from(vector);
+    let at = IRR + vector / 32 * 16 + vector % 32 / 8;
+    (
+        at,
+        1_u8.rotate_left((vector % 8) as u32) as std::ffi::c_char,
+    )
 }
 
 #[cfg(test)]

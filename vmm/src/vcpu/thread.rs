@@ -35,6 +35,8 @@ pub(crate) enum Order {
     Go(Box<Go>),
     /// Stop at the next instruction boundary, with no exit pending.
     Pause(SyncSender<Result<(), Error>>),
+    /// The guest is about to take a new identity, and may say so (paused only).
+    Renew(SyncSender<Result<(), Error>>),
     /// Read the TSC (paused only).
     ReadTsc(SyncSender<Result<Option<u64>, Error>>),
     /// Read the state (paused only).
@@ -89,6 +91,8 @@ struct Context<'a> {
     entered: Moment,
     /// A guest says this once; a hostile one must not fill the channel.
     identity_told: bool,
+    /// Likewise, and once more after each [`Order::Renew`].
+    renewal_told: bool,
 }
 
 enum Next {
@@ -133,6 +137,7 @@ fn run(id: u8, seat: Seat, go: Go, orders: &Receiver<Order>) {
         timer: seat.timer,
         entered: Moment::now(),
         identity_told: false,
+        renewal_told: false,
     };
     drop(seat.restore);
     let kickable = Kickable::new(&mut context.vcpu);
@@ -232,6 +237,7 @@ impl Context<'_> {
                 reply.send(done).is_ok() && !failed && self.park()
             }
             Order::Resume => true,
+            Order::Renew(reply) => reply.send(Err(Error::Phase("running"))).is_ok(),
             Order::ReadTsc(reply) => reply.send(Err(Error::Phase("running"))).is_ok(),
             Order::Save { reply, .. } => reply.send(Err(Error::Phase("running"))).is_ok(),
             Order::Take { .. } | Order::Go(_) => false,
@@ -244,6 +250,10 @@ impl Context<'_> {
             let heard = match self.orders.recv() {
                 Ok(Order::Resume) => return true,
                 Ok(Order::Pause(reply)) => reply.send(self.complete_exit()).is_ok(),
+                Ok(Order::Renew(reply)) => {
+                    self.renewal_told = false;
+                    reply.send(Ok(())).is_ok()
+                }
                 Ok(Order::ReadTsc(reply)) => reply.send(state::read_tsc(&self.vcpu)).is_ok(),
                 Ok(Order::Save { tsc, reply }) => {
                     let state = state::save(&self.vcpu, &self.host_msrs, tsc, self.xsave_size);
@@ -330,6 +340,12 @@ impl Context<'_> {
                     if self.hold {
                         return Ok(Next::Park);
                     }
+                }
+                return Ok(Next::Run);
+            }
+            Ring::IdentityTaken { generation } => {
+                if !std::mem::replace(&mut self.renewal_told, true) {
+                    self.tell(Event::IdentityTaken { generation });
                 }
                 return Ok(Next::Run);
             }

@@ -9,6 +9,7 @@ use super::state::{Calls, VcpuState, msrs_of};
 use crate::error::Error;
 use crate::x86_64::msr;
 use kvm_bindings::{Msrs, kvm_msr_entry};
+use vm_run_abi::identity;
 
 /// The longest that a timer is held back, in milliseconds of the guest.
 const PATIENCE_MS: u64 = 1_000;
@@ -27,7 +28,8 @@ pub(crate) struct HeldTimer {
 
 /// Sets the saved deadline, or puts it off and returns what [`HeldTimer::release`]
 /// sets it to later. Put off is that of a vCPU that was frozen in user space: this is
-/// the one at the fork point, the others are idle in the kernel or at its call.
+/// the one at the fork point, the others are idle in the kernel or at its call. One that
+/// was stopped at any instruction takes its identity before the timer could fire.
 pub(crate) fn arm(vcpu: &impl Calls, s: &VcpuState) -> Result<Option<HeldTimer>, Error> {
     let Some(saved) = &s.deadline else {
         return Ok(None);
@@ -52,7 +54,8 @@ fn put_off(s: &VcpuState) -> Option<u64> {
     let value = |msrs: &Option<Msrs>| msrs.as_ref()?.as_slice().first().map(|m| m.data);
     let (tsc, deadline) = (value(&s.tsc)?, value(&s.deadline)?);
     let until = tsc.checked_add(u64::from(s.tsc_khz) * PATIENCE_MS)?;
-    (s.sregs.ss.dpl == USER && deadline < until).then_some(until)
+    let steps_to_identity = s.sregs.ss.dpl == USER && !s.has_interrupt(identity::VECTOR);
+    (steps_to_identity && deadline < until).then_some(until)
 }
 
 impl HeldTimer {
@@ -99,6 +102,18 @@ mod tests {
     #[test]
     fn a_vcpu_in_the_kernel_has_its_timer_as_saved() {
         let (vcpu, held) = arm_with(&state());
+        assert!(held.is_none());
+        assert_eq!(vcpu.deadline.get(), Some(DEADLINE));
+    }
+
+    #[test]
+    fn a_vcpu_that_is_interrupted_for_its_identity_has_its_timer_as_saved() {
+        let mut state = in_user_space();
+        state.interrupt(identity::VECTOR);
+        // 0xf5: bit 21 of the last of eight registers.
+        assert_eq!(state.lapic.regs[0x272], 1 << 5);
+        assert!(!state.has_interrupt(identity::VECTOR - 1));
+        let (vcpu, held) = arm_with(&state);
         assert!(held.is_none());
         assert_eq!(vcpu.deadline.get(), Some(DEADLINE));
     }

@@ -290,6 +290,7 @@ fn ioctl(thread: Thread) -> Call {
         kvm(NONE, 0xa2, 0),           // KVM_SET_TSC_KHZ
         kvm(WRITE, 0xa5, 4096),       // KVM_SET_XSAVE
         kvm(WRITE, 0xa7, 392),        // KVM_SET_XCRS
+        kvm(WRITE, 0xa5, 32),         // KVM_SIGNAL_MSI: a new identity
         libc::FIONBIO as u32,         // UnixStream::set_nonblocking
     ];
     let requests: Vec<u32> = match thread {

@@ -2,8 +2,10 @@
 
 use super::Server;
 use super::hooks::When;
+use crate::connections;
 use crate::container::check_streams;
 use crate::drawn;
+use crate::identity::Child;
 use crate::poll::Token;
 use crate::streams::Turn;
 use rustix::event::epoll::EventFlags;
@@ -12,6 +14,7 @@ use rustix::net::{Shutdown, shutdown};
 use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
+use vm_run_abi::identity::Connections;
 use vm_run_abi::protocol::{CONTAINER, Event, Stream};
 
 /// How long a container may take to stop, and the host to read what it has
@@ -246,20 +249,22 @@ impl Server {
         self.control.is_none() && connections.is_empty() && self.greetings.is_empty()
     }
 
-    /// After the fork point, and after the identity of this generation has been
-    /// applied: lets the container that [`super::Done::Frozen`] told of run as a child.
+    /// After the fork point, and after the identity of this child has been applied: lets the container that [`super::Done::Frozen`] told of run as a child.
     /// Without one there is nothing to do. An error must end the guest.
-    pub fn become_child(&mut self, generation: u64) -> io::Result<()> {
+    pub fn become_child(&mut self, child: Child) -> io::Result<()> {
         let Stage::Leaving(_) = self.stage else {
             return Ok(());
         };
         if let Some(warm) = &mut self.warm {
             let system = rustix::system::uname();
-            warm.become_child(&system.nodename().to_string_lossy(), generation)?;
+            warm.become_child(&system.nodename().to_string_lossy(), child.generation)?;
         }
         self.container.forget_ids();
         for drawn in std::mem::take(&mut self.drawn) {
             drawn.again()?;
+        }
+        if self.is_connected && child.connections == Connections::Reset {
+            connections::reset()?;
         }
         self.stage = Stage::Serving;
         // From here on the container runs.

@@ -15,6 +15,7 @@ use std::process::{Child, Command, ExitCode};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use vm_run_abi::identity::Connections;
 use vm_run_abi::protocol::{
     CONTAINER, ContainerSpec, Event, Hello, ProcessId, ProcessSpec, Request, Stream, Writable,
 };
@@ -77,7 +78,12 @@ pub fn serve(args: &[String]) -> ExitCode {
     let mut server = Server::new(OwnedFd::from(listener), signals, resources, prepared).unwrap();
     while server.run().unwrap() == Done::Frozen {
         let generation = fork_point(&forks);
-        server.become_child(generation).unwrap();
+        let child = vm_run_agent::identity::Child {
+            generation,
+            // The network here is that of the machine that runs the test.
+            connections: Connections::Keep,
+        };
+        server.become_child(child).unwrap();
     }
     ExitCode::SUCCESS
 }
