@@ -182,7 +182,7 @@ fn many_children_have_nothing_in_common() {
     let workers = Arc::new(Workers::start(WorkersSpec { program, jail }).expect("a spawner"));
     let place = Place::Workers(Arc::clone(&workers));
     let pool = Pool::new(template(), place, AT_ONCE).expect("a pool");
-    let rounds = children(100).div_ceil(AT_ONCE);
+    let rounds = children(60).div_ceil(AT_ONCE);
     let mut seen = OWN.map(|_| BTreeSet::new());
     let mut pooled = 0;
     for round in 0..rounds {
