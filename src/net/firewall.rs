@@ -272,39 +272,48 @@ fn translated(networks: &[Network]) -> Vec<Rule> {
         .collect()
 }
 
+fn from(network: &Network) -> When {
+    When::From(Interface::Named(network.bridge()))
+}
+
+fn to(network: &Network) -> When {
+    When::To(Interface::Named(network.bridge()))
+}
+
 /// A container does not reach the host itself, but for the gateway's answers to pings and
-/// what the host has asked it; unless its network is one that may.
+/// what the host has asked it; unless its network is one that may. Each rule is for a
+/// network of ours: another state directory has rules of its own.
 fn host_services(networks: &[Network]) -> Vec<Rule> {
-    let mut rules = vec![rule([from_bridges(), When::Known], Then::Accept)];
-    for network in networks.iter().filter(|network| network.spec.host_access) {
-        let from = When::From(Interface::Named(network.bridge()));
-        rules.push(rule([from], Then::Accept));
+    let mut rules = Vec::new();
+    for network in networks.iter().filter(|network| !network.spec.host_access) {
+        rules.push(rule([from(network), When::Known], Then::Accept));
+        for control in When::control() {
+            rules.push(rule([from(network), control], Then::Accept));
+        }
+        rules.push(rule([from(network)], Then::Reject));
     }
-    for control in When::control() {
-        rules.push(rule([from_bridges(), control], Then::Accept));
-    }
-    rules.push(rule([from_bridges()], Then::Reject));
     rules
 }
 
 /// Between the bridges and the rest of the world.
 fn between(networks: &[Network]) -> Vec<Rule> {
     let mut rules = Vec::new();
-    let bridge = |network: &Network| Interface::Named(network.bridge());
     for network in networks {
         // Seen here only where the host has bridged packets filtered
         // (net.bridge.bridge-nf-call-iptables).
-        let inside = [When::From(bridge(network)), When::To(bridge(network))];
-        rules.push(rule(inside, Then::Accept));
+        rules.push(rule([from(network), to(network)], Then::Accept));
     }
-    rules.push(rule([from_bridges(), to_bridges()], Then::Reject));
-    for network in networks.iter().filter(|network| network.spec.internal) {
-        rules.push(rule([When::From(bridge(network))], Then::Reject));
-        rules.push(rule([When::To(bridge(network))], Then::Drop));
+    for network in networks {
+        rules.push(rule([from(network), to_bridges()], Then::Reject));
+        rules.push(rule([from_bridges(), to(network)], Then::Reject));
+        if network.spec.internal {
+            rules.push(rule([from(network)], Then::Reject));
+            rules.push(rule([to(network)], Then::Drop));
+        }
+        rules.push(rule([to(network), When::Known], Then::Accept));
+        rules.push(rule([to(network), When::Translated], Then::Accept));
+        rules.push(rule([to(network)], Then::Drop));
     }
-    rules.push(rule([to_bridges(), When::Known], Then::Accept));
-    rules.push(rule([to_bridges(), When::Translated], Then::Accept));
-    rules.push(rule([to_bridges()], Then::Drop));
     rules
 }
 
