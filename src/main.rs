@@ -1,8 +1,10 @@
 //! vm-run: from words to a checked plan, from the plan to one library call.
 
 mod args;
+mod bell;
 mod bench;
 mod container;
+mod database;
 mod disk;
 mod doctor;
 mod guest;

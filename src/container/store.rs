@@ -1,19 +1,17 @@
-//! The containers there are: one SQLite database in the state directory, written by
-//! any number of processes. Each change is a transaction: a killed process leaves it
-//! done or not done, and after a crash of the host the last ones may be missing, but
-//! none is torn (SQLite's write-ahead log, `synchronous=normal`).
+//! The containers there are: one database in the state directory.
 
 use super::record::{Record, Spec, State};
+use crate::database;
 use anyhow::{Context, Result, bail};
-use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior};
+use rusqlite::{Connection, OptionalExtension, Row};
 use std::path::Path;
-use std::time::Duration;
 
-/// What the tables look like; raised with a step in [`Store::migrate`].
-const VERSION: i64 = 1;
-
-/// How long a process waits for another's transaction. They take milliseconds.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TABLES: &str = "CREATE TABLE container (
+    id    TEXT PRIMARY KEY,
+    name  TEXT NOT NULL UNIQUE,
+    spec  TEXT NOT NULL,
+    state TEXT NOT NULL
+) STRICT;";
 
 /// The fewest digits of an id that stand for it.
 const SHORTEST_PREFIX: usize = 2;
@@ -27,52 +25,7 @@ impl Store {
     /// # Errors
     /// One line: a file that is no database of ours, or of a newer vm-run.
     pub fn open(root: &Path) -> Result<Self> {
-        let path = root.join("containers.db");
-        let what = || format!("cannot open {}", path.display());
-        let connection = Connection::open(&path).with_context(what)?;
-        connection.busy_timeout(PATIENCE).with_context(what)?;
-        // Readers do not wait for a writer, and no start of a container for the disk.
-        connection
-            .pragma_update(None, "journal_mode", "wal")
-            .with_context(what)?;
-        connection
-            .pragma_update(None, "synchronous", "normal")
-            .with_context(what)?;
-        // A supervisor holds one open for long: it need not keep pages.
-        connection
-            .pragma_update(None, "cache_size", -64)
-            .with_context(what)?;
-        let mut store = Self(connection);
-        store.migrate().with_context(what)?;
-        Ok(store)
-    }
-
-    fn migrate(&mut self) -> Result<()> {
-        let now: i64 = self
-            .0
-            .pragma_query_value(None, "user_version", |row| row.get(0))?;
-        if now == VERSION {
-            return Ok(());
-        }
-        let change = self
-            .0
-            .transaction_with_behavior(TransactionBehavior::Immediate)?;
-        // Somebody else may have been faster.
-        let now: i64 = change.pragma_query_value(None, "user_version", |row| row.get(0))?;
-        match now {
-            VERSION => return Ok(()),
-            0 => change.execute_batch(
-                "CREATE TABLE container (
-                    id    TEXT PRIMARY KEY,
-                    name  TEXT NOT NULL UNIQUE,
-                    spec  TEXT NOT NULL,
-                    state TEXT NOT NULL
-                ) STRICT;",
-            )?,
-            newer => bail!("it is of version {newer}, and this vm-run knows {VERSION}"),
-        }
-        change.pragma_update(None, "user_version", VERSION)?;
-        Ok(change.commit()?)
+        database::open(&root.join("containers.db"), TABLES).map(Self)
     }
 
     /// Enters a container.

@@ -13,7 +13,8 @@
 use self::frames::Frames;
 use self::message::{QUESTION_MAX, Transport, Verdict};
 use self::upstream::Exchange;
-use super::service::{Bell, Service, timespec};
+use super::service::{Service, timespec};
+use crate::bell::Bell;
 use domain::base::iana::Rcode;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;

@@ -1,13 +1,13 @@
 //! A service of a container's network: one thread with an event loop, which ends with
 //! the handle.
 
+use crate::bell::Bell;
 use rustix::buffer::spare_capacity;
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use rustix::event::{EventfdFlags, Timespec, eventfd};
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use std::io;
-use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -48,34 +48,6 @@ impl Drop for Service {
         if self.thread.take().is_some_and(|it| it.join().is_err()) {
             log::error!("a service of the network has panicked");
         }
-    }
-}
-
-/// Wakes a loop that watches it (eventfd(2)).
-#[derive(Clone, Debug)]
-pub(super) struct Bell(Arc<OwnedFd>);
-
-impl Bell {
-    pub(super) fn new() -> io::Result<Self> {
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        Ok(Self(Arc::new(eventfd(0, flags)?)))
-    }
-
-    pub(super) fn ring(&self) {
-        // It fails only if it has rung very often, and was not heard yet.
-        rustix::io::write(&*self.0, &1_u64.to_ne_bytes()).ok();
-    }
-
-    /// So that it can ring anew.
-    pub(super) fn hush(&self) {
-        // It fails only if it has not rung.
-        rustix::io::read(&*self.0, &mut [0; 8]).ok();
-    }
-}
-
-impl AsFd for Bell {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
     }
 }
 

@@ -1,5 +1,4 @@
-//! The networks there are, and who is on them: one SQLite database in the state directory,
-//! as the containers' is.
+//! The networks there are, and who is on them: one database in the state directory.
 //!
 //! An endpoint is written before anything of it is made on the host, and forgotten when all
 //! of it is gone: what is found here of a container that nobody owns is what a killed
@@ -8,6 +7,7 @@
 use super::pool;
 use super::publish::Publish;
 use crate::container::{check_name, new_id};
+use crate::database;
 use anyhow::{Context, Result, bail};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
@@ -15,13 +15,24 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
-use std::time::Duration;
 
-/// What the tables look like.
-const VERSION: i64 = 1;
-
-/// How long a process waits for another's transaction.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TABLES: &str = "CREATE TABLE network (
+    id   TEXT PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    spec TEXT NOT NULL,
+    last INTEGER NOT NULL
+) STRICT;
+CREATE TABLE endpoint (
+    network TEXT NOT NULL REFERENCES network(id),
+    owner   TEXT NOT NULL,
+    name    TEXT NOT NULL,
+    aliases TEXT NOT NULL,
+    ipv4    INTEGER NOT NULL,
+    ipv6    TEXT,
+    ports   TEXT NOT NULL,
+    PRIMARY KEY (network, owner),
+    UNIQUE (network, ipv4)
+) STRICT;";
 
 /// The network of a container that asks for none: made when it is first used.
 pub const DEFAULT: &str = "bridge";
@@ -125,59 +136,7 @@ impl Store {
     /// # Errors
     /// One line.
     pub fn open(root: &Path) -> Result<Self> {
-        let path = root.join("networks.db");
-        let what = || format!("cannot open {}", path.display());
-        let connection = Connection::open(&path).with_context(what)?;
-        connection.busy_timeout(PATIENCE).with_context(what)?;
-        connection
-            .pragma_update(None, "journal_mode", "wal")
-            .with_context(what)?;
-        connection
-            .pragma_update(None, "synchronous", "normal")
-            .with_context(what)?;
-        connection
-            .pragma_update(None, "cache_size", -64)
-            .with_context(what)?;
-        let mut store = Self(connection);
-        store.migrate().with_context(what)?;
-        Ok(store)
-    }
-
-    fn migrate(&mut self) -> Result<()> {
-        let version = |connection: &Connection| -> rusqlite::Result<i64> {
-            connection.pragma_query_value(None, "user_version", |row| row.get(0))
-        };
-        if version(&self.0)? == VERSION {
-            return Ok(());
-        }
-        let change = self
-            .0
-            .transaction_with_behavior(TransactionBehavior::Immediate)?;
-        match version(&change)? {
-            VERSION => return Ok(()),
-            0 => change.execute_batch(
-                "CREATE TABLE network (
-                    id   TEXT PRIMARY KEY,
-                    name TEXT NOT NULL UNIQUE,
-                    spec TEXT NOT NULL,
-                    last INTEGER NOT NULL
-                ) STRICT;
-                CREATE TABLE endpoint (
-                    network TEXT NOT NULL REFERENCES network(id),
-                    owner   TEXT NOT NULL,
-                    name    TEXT NOT NULL,
-                    aliases TEXT NOT NULL,
-                    ipv4    INTEGER NOT NULL,
-                    ipv6    TEXT,
-                    ports   TEXT NOT NULL,
-                    PRIMARY KEY (network, owner),
-                    UNIQUE (network, ipv4)
-                ) STRICT;",
-            )?,
-            newer => bail!("it is of version {newer}, and this vm-run knows {VERSION}"),
-        }
-        change.pragma_update(None, "user_version", VERSION)?;
-        Ok(change.commit()?)
+        database::open(&root.join("networks.db"), TABLES).map(Self)
     }
 
     /// Makes a network. Nothing of it is on the host before a container is on it.

@@ -2,6 +2,7 @@
 //! clients want of it is done until it ends.
 
 use super::session::{Client, DRAIN, Farewells, Session, SharedLog, lock};
+use crate::bell::Bell;
 use crate::container::directory::Directory;
 use crate::container::record::{Identity, Layer, Record, Spec};
 use crate::container::wire::{self, Answer, Exec, Stats, Window};
@@ -14,8 +15,7 @@ use fork::{
     CONTAINER, Child, Connections, ContainerSpec, Disks, ForkSpec, Host, Place, Pool, Process,
     ProcessId, ProcessSpec, Stages, Stream, Template, WindowSize, Writable,
 };
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::AsFd;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ pub enum Order {
 #[derive(Clone)]
 pub struct Orders {
     sender: Sender<Order>,
-    bell: Arc<OwnedFd>,
+    bell: Bell,
 }
 
 impl Orders {
@@ -47,10 +47,7 @@ impl Orders {
         if self.sender.send(order).is_err() {
             return false;
         }
-        // A counter that is full wakes as well.
-        if let Err(error) = rustix::io::write(&*self.bell, &1_u64.to_ne_bytes()) {
-            log::debug!("the bell: {error}");
-        }
+        self.bell.ring();
         true
     }
 }
@@ -253,18 +250,14 @@ impl Mother {
 
     fn life(&self, child: Child, main: Arc<Session>, main_id: ProcessId) -> Result<Life> {
         let (sender, orders) = channel();
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .context("cannot make an eventfd")?;
+        let bell = Bell::new().context("cannot make an eventfd")?;
         Ok(Life {
             child,
             main,
             main_id,
             others: HashMap::new(),
             orders,
-            way: Orders {
-                sender,
-                bell: Arc::new(bell),
-            },
+            way: Orders { sender, bell },
             spec: self.spec.clone(),
             is_paused: false,
             farewells: Arc::clone(&self.farewells),
@@ -360,7 +353,7 @@ impl Life {
     /// # Errors
     /// A virtual machine that dies instead.
     pub fn live(&mut self) -> Result<u8> {
-        let bell = Arc::clone(&self.way.bell);
+        let bell = self.way.bell.clone();
         loop {
             match self.child.next_exit(bell.as_fd())? {
                 Some((process, status)) if process == self.main_id => {
@@ -376,8 +369,7 @@ impl Life {
                     }
                 }
                 None => {
-                    // An empty counter is no error.
-                    rustix::io::read(&*bell, &mut [0; 8]).ok();
+                    bell.hush();
                     while let Ok(order) = self.orders.try_recv() {
                         if matches!(order, Order::End) {
                             const KILLED: u8 = 128 + 9;

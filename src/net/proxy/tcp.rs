@@ -6,7 +6,8 @@
 //! of which there are few.
 
 use self::pair::{Pair, Progress, Side};
-use crate::net::service::{Bell, Service, Watch};
+use crate::bell::Bell;
+use crate::net::service::{Service, Watch};
 use rustix::event::epoll::EventFlags;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, ErrorKind};

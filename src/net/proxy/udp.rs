@@ -1,7 +1,8 @@
 //! Datagrams: each client has a socket of its own to the guest, so that what the guest
 //! answers finds its way back.
 
-use crate::net::service::{Bell, Service, Watch};
+use crate::bell::Bell;
+use crate::net::service::{Service, Watch};
 use rustix::event::epoll::EventFlags;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, ErrorKind};
