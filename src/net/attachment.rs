@@ -144,11 +144,7 @@ impl Attachment {
     pub fn connect(&mut self, name: &str, membership: &Membership) -> Result<()> {
         let mut host = Host::lock(self.owner.root())?;
         let network = host.store.find_or_default(&membership.network)?;
-        if self
-            .joined
-            .iter()
-            .any(|joined| joined.network.id == network.id)
-        {
+        if self.is_on(&network) {
             bail!("the container is on network {} already", network.name);
         }
         let done = self
@@ -167,15 +163,16 @@ impl Attachment {
     pub fn disconnect(&mut self, network: &str) -> Result<()> {
         let mut host = Host::lock(self.owner.root())?;
         let network = host.store.find(network)?;
-        if !self
-            .joined
-            .iter()
-            .any(|joined| joined.network.id == network.id)
-        {
+        if !self.is_on(&network) {
             bail!("the container is not on network {}", network.name);
         }
         self.leave(&mut host, &network.id)?;
         self.refresh()
+    }
+
+    fn is_on(&self, network: &Network) -> bool {
+        let mut all = self.joined.iter();
+        all.any(|joined| joined.network.id == network.id)
     }
 
     fn leave(&mut self, host: &mut Host, network: &str) -> Result<()> {
@@ -237,12 +234,8 @@ impl Attachment {
         let places = self.joined.iter().map(|joined| super::Place {
             network: joined.network.name.clone(),
             network_id: joined.network.id.clone(),
-            ipv4: Ipv4Net::new_assert(joined.endpoint.ipv4, joined.network.spec.ipv4.prefix_len()),
-            ipv6: joined
-                .endpoint
-                .ipv6
-                .zip(joined.network.spec.ipv6)
-                .map(|(address, net)| Ipv6Net::new_assert(address, net.prefix_len())),
+            ipv4: joined.ipv4(),
+            ipv6: joined.ipv6(),
             gateway: joined.network.gateways().next().map(|net| net.addr()),
             aliases: joined.endpoint.aliases.clone(),
         });
@@ -414,15 +407,21 @@ impl Joined {
         format!("vmr{owner}{:x}", self.number)
     }
 
-    fn addresses(&self) -> Vec<IpNet> {
-        let spec = &self.network.spec;
-        let ipv4 = Ipv4Net::new_assert(self.endpoint.ipv4, spec.ipv4.prefix_len());
-        let ipv6 = self.endpoint.ipv6.zip(spec.ipv6).filter(|_| has_ipv6());
-        let ipv6 = ipv6.map(|(address, net)| Ipv6Net::new_assert(address, net.prefix_len()));
-        [Some(IpNet::V4(ipv4)), ipv6.map(IpNet::V6)]
+    fn ipv4(&self) -> Ipv4Net {
+        Ipv4Net::new_assert(self.endpoint.ipv4, self.network.spec.ipv4.prefix_len())
+    }
+
+    fn ipv6(&self) -> Option<Ipv6Net> {
+        let ipv6 = self.endpoint.ipv6.zip(self.network.spec.ipv6);
+        ipv6.map(|(address, net)| Ipv6Net::new_assert(address, net.prefix_len()))
+    }
+
+    /// As far as this kernel has them.
+    fn addresses(&self) -> impl Iterator<Item = IpNet> {
+        let ipv6 = self.ipv6().filter(|_| has_ipv6());
+        [Some(IpNet::V4(self.ipv4())), ipv6.map(IpNet::V6)]
             .into_iter()
             .flatten()
-            .collect()
     }
 }
 
