@@ -1,12 +1,10 @@
 //! Time in a child, after its template has lain for a while.
 
-use crate::support::{PATIENCE, boot_timeout, field, guest, host, python_rootfs};
+use crate::support::{PATIENCE, Python, boot_timeout, field, guest, host, python_rootfs};
 use fork::{
-    BootSpec, Child, ContainerSpec, Disks, ForkSpec, ProcessOptions, ProcessSpec, Stream, Template,
+    BootSpec, ContainerSpec, Disks, ForkSpec, ProcessOptions, ProcessSpec, Stream, Template,
     Writable,
 };
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How long a template lies.
@@ -108,44 +106,11 @@ fn template(source: &str) -> (Template, Instant) {
     (template, Instant::now())
 }
 
-/// A child, and a conversation with the Python in it.
-struct Python {
-    child: Child,
-    stdin: UnixStream,
-    stdout: BufReader<UnixStream>,
-}
-
-impl Python {
-    fn fork(template: &Template) -> Self {
-        let mut child = template.fork(ForkSpec::default()).expect("forks");
-        let attached = child.attach(&[Stream::Stdin, Stream::Stdout]);
-        let streams = attached.expect("attaches");
-        let stdout = streams.stdout.expect("was asked for");
-        stdout.set_read_timeout(Some(PATIENCE)).expect("set");
-        Self {
-            child,
-            stdin: streams.stdin.expect("was asked for"),
-            stdout: BufReader::new(stdout),
-        }
-    }
-
-    fn hear(&mut self) -> String {
-        let mut answer = String::new();
-        self.stdout.read_line(&mut answer).expect("it answers");
-        answer.trim_end().to_owned()
-    }
-
-    fn ask(&mut self, expression: &str) -> String {
-        writeln!(self.stdin, "{expression}").expect("it reads");
-        self.hear()
-    }
-
-    /// What an expression of [`PROGRAM`]'s `timed` took, in seconds, and found.
-    fn time(&mut self, expression: &str) -> (f64, String) {
-        let answer = self.ask(&format!("timed(lambda: {expression})"));
-        let (seconds, found) = answer.split_once(' ').expect("two words");
-        (seconds.parse().expect("a number"), found.into())
-    }
+/// What an expression of [`PROGRAM`]'s `timed` took, in seconds, and found.
+fn time(python: &mut Python, expression: &str) -> (f64, String) {
+    let answer = python.ask(&format!("timed(lambda: {expression})"));
+    let (seconds, found) = answer.split_once(' ').expect("two words");
+    (seconds.parse().expect("a number"), found.into())
 }
 
 fn now() -> Duration {
@@ -159,7 +124,7 @@ fn time_is_right_after_a_template_has_lain_for_a_while() {
     let templates = ["kvm-clock", "tsc"].map(|source| (source, template(source)));
     for (source, (template, frozen)) in templates {
         std::thread::sleep(LIES.saturating_sub(frozen.elapsed()));
-        let mut python = Python::fork(&template);
+        let mut python = Python::fork(&template, ForkSpec::default());
         // No time has passed for it but its own, on the way there and back.
         let woken = python.hear();
         let woken: f64 = field(&woken, "woken").parse().expect("a number");
@@ -180,14 +145,14 @@ fn time_is_right_after_a_template_has_lain_for_a_while() {
         assert!(clock <= after + APART, "{clock:?} {after:?}");
 
         let start = Instant::now();
-        let (slept, _) = python.time("time.sleep(1)");
+        let (slept, _) = time(&mut python, "time.sleep(1)");
         let took = start.elapsed();
         assert!((1.0..1.0 + LATE.as_secs_f64()).contains(&slept), "{slept}");
         // The host's clock runs no faster than the guest's, nor slower.
         assert!(took > Duration::from_millis(950), "{took:?}");
         assert!(took < Duration::from_secs(1) + LATE, "{took:?}");
 
-        let (waited, found) = python.time("epoll.poll(0.5)");
+        let (waited, found) = time(&mut python, "epoll.poll(0.5)");
         assert_eq!(found, "[]", "the timer has an hour to go");
         assert!(
             (0.5..0.5 + LATE.as_secs_f64()).contains(&waited),

@@ -17,10 +17,13 @@ use tempfile::TempDir;
 
 #[path = "support/process.rs"]
 mod process;
+#[path = "support/python.rs"]
+mod python;
 #[path = "support/wire.rs"]
 pub mod wire;
 
 pub use process::{Call, Ran, Running};
+pub use python::Python;
 
 /// The longest that anything here may take, on the slowest host.
 pub const PATIENCE: Duration = Duration::from_secs(150);

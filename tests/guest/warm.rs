@@ -1,15 +1,14 @@
 //! Warm containers: a frozen Python answers in each child, with no start of its own.
 
-use crate::support::{PATIENCE, boot, children, python_rootfs};
+use crate::support::{PATIENCE, Python, boot, children, python_rootfs};
 use fork::worker::{Jail, Limits, Workers, WorkersSpec};
 use fork::{
-    Child, ContainerSpec, Disks, Error, ForkPath, ForkSpec, Kind, Place, Pool, ProcessSpec, Stream,
+    ContainerSpec, Disks, Error, ForkPath, ForkSpec, Kind, Place, Pool, ProcessSpec, Stream,
     Template, Writable,
 };
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Read;
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 
 /// It imports what it needs, says that it is warm, and evaluates lines. `again` makes
@@ -100,51 +99,11 @@ fn named(hostname: &str) -> ForkSpec {
     }
 }
 
-/// A child, and a conversation with the Python in it.
-struct Python {
-    child: Child,
-    stdin: UnixStream,
-    stdout: BufReader<UnixStream>,
-}
-
-impl Python {
-    fn of(mut child: Child) -> Self {
-        let attached = child.attach(&[Stream::Stdin, Stream::Stdout]);
-        let streams = attached.expect("attaches");
-        let stdout = streams.stdout.expect("was asked for");
-        stdout.set_read_timeout(Some(PATIENCE)).expect("set");
-        Self {
-            child,
-            stdin: streams.stdin.expect("was asked for"),
-            stdout: BufReader::new(stdout),
-        }
-    }
-
-    fn fork(template: &Template, hostname: &str) -> Self {
-        Self::of(template.fork(named(hostname)).expect("forks"))
-    }
-
-    fn say(&mut self, line: &str) {
-        writeln!(self.stdin, "{line}").expect("it reads");
-    }
-
-    fn hear(&mut self) -> String {
-        let mut answer = String::new();
-        self.stdout.read_line(&mut answer).expect("it answers");
-        answer.trim_end().to_owned()
-    }
-
-    fn ask(&mut self, expression: &str) -> String {
-        self.say(expression);
-        self.hear()
-    }
-}
-
 #[test]
 fn a_warm_child_answers_with_no_exec() {
     let template = template();
     assert_eq!(template.kind(), Kind::Warm);
-    let mut python = Python::fork(&template, "warm-one");
+    let mut python = Python::fork(&template, named("warm-one"));
     assert_eq!(python.ask("1+1"), "2");
     assert_eq!(python.ask("socket.gethostname()"), "warm-one");
     // It is the process that said so in the parent: the first of its container.
@@ -223,7 +182,7 @@ fn many_children_have_nothing_in_common() {
 
 #[test]
 fn a_warm_child_can_be_frozen_in_its_turn() {
-    let mut parent = Python::fork(&template(), "second");
+    let mut parent = Python::fork(&template(), named("second"));
     assert_eq!(parent.ask("(kept := 41)"), "41");
     let first = parent.ask("generation");
     parent.say("again");
@@ -233,7 +192,7 @@ fn a_warm_child_can_be_frozen_in_its_turn() {
     let mut generations = BTreeSet::from([first]);
     let mut tokens = BTreeSet::new();
     for name in ["third-a", "third-b"] {
-        let mut python = Python::fork(&template, name);
+        let mut python = Python::fork(&template, named(name));
         assert_eq!(python.ask("kept + 1"), "42");
         // Of what its parent had not read before it was frozen.
         let import = "len(__import__('xml.dom.minidom').dom.minidom.parseString('<a/>').toxml())";
@@ -248,7 +207,7 @@ fn a_warm_child_can_be_frozen_in_its_turn() {
 
 #[test]
 fn a_process_runs_beside_the_warm_one() {
-    let mut python = Python::fork(&template(), "beside");
+    let mut python = Python::fork(&template(), named("beside"));
     let script = "cat /proc/1/comm; hostname; exit 3";
     let shell = process(&["sh", "-c", script], &[Stream::Stdout]);
     let started = python.child.exec(shell).expect("execs");
@@ -266,7 +225,7 @@ fn a_process_runs_beside_the_warm_one() {
 fn a_warm_childs_end_is_told() {
     let template = template();
     let end = |end: fn(&mut Python)| {
-        let mut python = Python::fork(&template, "ends");
+        let mut python = Python::fork(&template, named("ends"));
         assert_eq!(python.ask("0"), "0");
         end(&mut python);
         python.child.wait().expect("ends").code()

@@ -2,33 +2,16 @@
 //! `docs/library.md` says that one is made.
 
 use fork::{Network, addresses};
-use rustix::fd::{AsFd, AsRawFd, OwnedFd};
-use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mknodat, open};
+use rustix::fd::AsFd;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::File;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use tap::NAME as TAP;
 
-/// `_IOW('T', number, int)` of Linux include/uapi/linux/if_tun.h.
-const fn request(number: u64) -> u64 {
-    1 << 30 | 4 << 16 | 0x54 << 8 | number
-}
-
-const TUNSETIFF: u64 = request(202);
-const TUNSETOFFLOAD: u64 = request(208);
-const TUNSETVNETHDRSZ: u64 = request(216);
-const TUNSETVNETLE: u64 = request(220);
-
-const IFF_TAP: u16 = 0x2;
-const IFF_NO_PI: u16 = 0x1000;
-const IFF_VNET_HDR: u16 = 0x4000;
-
-/// TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN.
-const OFFLOADS: u64 = 0xf;
-
-/// Of the tap, in its namespace.
-const TAP: &str = "tap0";
+#[path = "../../../src/net/tap.rs"]
+mod tap;
 
 /// A namespace, which goes when this is dropped.
 pub struct Wire(String);
@@ -41,7 +24,7 @@ impl Wire {
         let wire = Self(format!("vm-run-{}-{count}", std::process::id()));
         find_tun();
         run(Command::new("ip").args(["netns", "add", &wire.0]));
-        let tap = wire.inside(make_tap);
+        let tap = wire.inside(|| tap::make().expect("a tap"));
         let ipv4 = Ipv4Addr::from(addresses::IPV4_GATEWAY);
         let ipv6 = Ipv6Addr::from(addresses::IPV6_GATEWAY);
         let mac = addresses::GATEWAY_MAC
@@ -131,35 +114,6 @@ pub fn run(command: &mut Command) -> String {
 
 /// The emulated host has tun as a module, and nobody who makes its node.
 fn find_tun() {
-    const NODE: &str = "/dev/net/tun";
     Command::new("modprobe").arg("tun").status().ok();
-    std::fs::create_dir_all("/dev/net").expect("a directory");
-    let mode = Mode::RUSR | Mode::WUSR;
-    mknodat(CWD, NODE, FileType::CharacterDevice, mode, makedev(10, 200)).ok();
-}
-
-/// In the calling thread's namespace.
-fn make_tap() -> OwnedFd {
-    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let tap = open("/dev/net/tun", flags, Mode::empty()).expect("/dev/net/tun");
-    // `struct ifreq`: a name and flags, and room for what others want.
-    let mut interface = [0_u8; 40];
-    interface[..TAP.len()].copy_from_slice(TAP.as_bytes());
-    let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
-    interface[16..18].copy_from_slice(&flags.to_ne_bytes());
-    ioctl(&tap, TUNSETIFF, interface.as_ptr() as u64);
-    let (length, yes) = (12_i32, 1_i32);
-    ioctl(&tap, TUNSETVNETHDRSZ, &raw const length as u64);
-    ioctl(&tap, TUNSETVNETLE, &raw const yes as u64);
-    ioctl(&tap, TUNSETOFFLOAD, OFFLOADS);
-    tap
-}
-
-#[expect(unsafe_code, reason = "rustix has no calls for taps")]
-fn ioctl(tap: &OwnedFd, request: u64, argument: u64) {
-    // SAFETY: the argument is a number, or the address of what this request reads, which
-    // lives in the caller.
-    let done = unsafe { libc::ioctl(tap.as_raw_fd(), request, argument) };
-    let error = std::io::Error::last_os_error();
-    assert_eq!(done, 0, "ioctl {request:#x}: {error}");
+    tap::ensure_node().expect("a node");
 }
