@@ -43,6 +43,8 @@ pub fn run(args: &Args) -> Result<()> {
         "nftables",
         "openssh-client",
         "openssl",
+        "procps",
+        "python3",
     ])?;
     if args.guest.is_none() {
         step("the host's side");
