@@ -281,8 +281,8 @@ impl Child {
     }
 
     /// Has the hook of a child whose container is warm do its work, freezes the child, and
-    /// makes a template of it, with `image` as what people call its image. Its streams are closed; each child of
-    /// the template has them anew.
+    /// makes a template of it, with `image` as what people call its image. Its streams are
+    /// closed; each child of the template has them anew.
     ///
     /// # Errors
     /// A container that cannot be frozen, or what the monitor says. The child is

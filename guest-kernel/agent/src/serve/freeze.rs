@@ -249,7 +249,8 @@ impl Server {
         self.control.is_none() && connections.is_empty() && self.greetings.is_empty()
     }
 
-    /// After the fork point, and after the identity of this child has been applied: lets the container that [`super::Done::Frozen`] told of run as a child.
+    /// After the fork point, and after the identity of this child has been applied: lets
+    /// the container that [`super::Done::Frozen`] told of run as a child.
     /// Without one there is nothing to do. An error must end the guest.
     pub fn become_child(&mut self, child: Child) -> io::Result<()> {
         let Stage::Leaving(_) = self.stage else {
