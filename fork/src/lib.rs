@@ -94,6 +94,7 @@ pub use vm_run_abi::protocol::{
 };
 pub use vm_run_abi::{network as addresses, task};
 pub use vmm::{
-    Cpu, Error as VmError, Host, HostError, Isolation, Moment, Timeline, VMS_PER_PROCESS, VmCounts,
+    Cpu, Error as VmError, Host, HostError, Isolation, Moment, Rate, RateLimit, RateLimits,
+    Timeline, VMS_PER_PROCESS, VmCounts,
 };
 pub use volumes::{VOLUMES_MAX, Volume};

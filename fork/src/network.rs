@@ -4,6 +4,7 @@
 //! what lies behind it is the owner's to choose: `docs/library.md` has the calls.
 
 use rustix::fd::OwnedFd;
+use vmm::{RateLimits, Tap};
 
 /// What a child is connected to.
 ///
@@ -20,4 +21,17 @@ pub struct Network {
     /// It is closed when the child ends; so is the interface, unless it is a persistent
     /// one.
     pub tap: OwnedFd,
+    /// How fast frames may go through it. What the guest may not send yet waits in the
+    /// guest; what it may not receive yet waits in the tap, which drops what it has no
+    /// room for.
+    pub limits: RateLimits,
+}
+
+impl Network {
+    pub(crate) fn into_tap(self) -> Tap {
+        Tap {
+            descriptor: self.tap,
+            limits: self.limits,
+        }
+    }
 }

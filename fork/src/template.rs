@@ -353,7 +353,7 @@ impl Template {
         let birth = Birth {
             disks: request.disks,
             volumes: None,
-            tap: request.network.map(|network| network.tap),
+            tap: request.network.map(Network::into_tap),
             map_root: request.map_root,
             patches: vec![(page::GPA, request.identity.to_bytes().to_vec())],
             events: mailbox.sink(console),

@@ -4,12 +4,13 @@
 
 use arbitrary::Arbitrary;
 use devices::testing::Buffer;
-use devices::virtio::{Net, NetState};
+use devices::virtio::{Net, NetState, Rate, RateLimit, RateLimits};
 use harness::{Action, Hostile};
 use libfuzzer_sys::fuzz_target;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
 };
+use std::num::NonZeroU64;
 
 /// A header before a frame.
 #[derive(Arbitrary, Debug)]
@@ -56,15 +57,36 @@ impl Header {
     }
 }
 
-fuzz_target!(|steps: Vec<Step>| {
+/// So slow that a frame or two are all that go.
+fn slow() -> RateLimits {
+    let rate = Rate {
+        per_second: NonZeroU64::MIN,
+        burst: 1000,
+    };
+    let limit = RateLimit {
+        bytes: Some(rate),
+        frames: None,
+    };
+    RateLimits {
+        from_guest: limit,
+        to_guest: limit,
+    }
+}
+
+fuzz_target!(|input: (bool, Vec<Step>)| {
+    let (is_limited, steps) = input;
+    let limits = if is_limited {
+        slow()
+    } else {
+        RateLimits::default()
+    };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let (tap, wire) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("a pair");
     let restore = |state: &NetState| {
         let mut device = Net::restore(state).expect("a state of its own");
-        device
-            .bind(tap.try_clone().expect("a descriptor"))
-            .expect("bound");
+        let tap = tap.try_clone().expect("a descriptor");
+        device.bind(tap, limits).expect("bound");
         device
     };
     let say = |bytes: &[u8]| send(&wire, bytes, SendFlags::NOSIGNAL).ok();

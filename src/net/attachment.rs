@@ -134,7 +134,10 @@ impl Attachment {
             .namespace
             .within(open_tap)
             .context("cannot make a tap")?;
-        Ok(fork::Network { tap })
+        Ok(fork::Network {
+            tap,
+            limits: self.plan.rates,
+        })
     }
 
     /// Connects the container to one more network, which its guest does not notice.

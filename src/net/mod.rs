@@ -8,6 +8,7 @@
 //! firewall    what may go where, as plain rules                  (rules: into the kernel)
 //! links       interfaces, addresses, routes                      (namespace, tap)
 //! ports       published ports                                    (publish: as typed)
+//! egress      what a container may reach                         (rates: how fast)
 //! show        in docker's words
 //! dns, proxy  what a container's supervisor serves               (names: who is who)
 //! ```
@@ -26,6 +27,7 @@ mod pool;
 mod ports;
 mod proxy;
 mod publish;
+mod rates;
 mod rules;
 mod run_args;
 mod service;
@@ -43,6 +45,7 @@ pub use show::{describe, port_lines, ports_column};
 pub use store::{DEFAULT, Store};
 
 use egress::Egress;
+use fork::RateLimits;
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr};
@@ -55,6 +58,7 @@ pub struct Plan {
     pub networks: Vec<Membership>,
     pub publish: Vec<Publish>,
     pub egress: Egress,
+    pub rates: RateLimits,
 }
 
 /// A network that a container is to be on.

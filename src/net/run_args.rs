@@ -2,6 +2,7 @@
 
 use super::egress::Egress;
 use super::publish::Publish;
+use super::rates;
 use super::store::DEFAULT;
 use super::{Membership, Plan, attachment};
 use crate::image::ImageConfig;
@@ -32,6 +33,13 @@ pub struct NetworkArgs {
     /// given more than once [default: the outside]
     #[arg(long, value_name = "WHERE")]
     egress: Vec<String>,
+    /// Let so many bytes go through its network in a second: both ways, or by in=N and
+    /// out=N
+    #[arg(long, value_name = "[in=|out=]N[kmg]")]
+    network_bps: Vec<String>,
+    /// The same for packets
+    #[arg(long, value_name = "[in=|out=]N")]
+    network_pps: Vec<String>,
 }
 
 /// A container that asked for nothing, and for whom nothing can be done, is told so.
@@ -51,6 +59,7 @@ impl NetworkArgs {
             networks: self.networks(is_root)?,
             publish: Vec::new(),
             egress: Egress::parse(&self.egress)?,
+            rates: rates::parse(&self.network_bps, &self.network_pps)?,
         };
         for text in &self.publish {
             plan.publish.extend(Publish::parse(text)?);
@@ -86,6 +95,8 @@ impl NetworkArgs {
             (!self.network_alias.is_empty(), "--network-alias"),
             (self.ip.is_some(), "--ip"),
             (!self.egress.is_empty(), "--egress"),
+            (!self.network_bps.is_empty(), "--network-bps"),
+            (!self.network_pps.is_empty(), "--network-pps"),
         ];
         all.iter().find(|(given, _)| *given).map(|(_, name)| *name)
     }

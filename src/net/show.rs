@@ -50,6 +50,7 @@ pub fn describe(record: &Record, object: &mut Value) {
     object["HostConfig"]["NetworkMode"] = json!(mode);
     object["HostConfig"]["PortBindings"] = bindings(&plan.publish);
     object["VmRun"]["Egress"] = json!(plan.egress);
+    object["VmRun"]["NetworkRates"] = json!(plan.rates);
     let mut ports = bindings(&record.state.ports);
     for name in unpublished(record) {
         ports[name] = Value::Null;

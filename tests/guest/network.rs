@@ -5,12 +5,13 @@ use crate::support::wire::{Wire, run};
 use crate::support::{PATIENCE, boot, busybox_rootfs, field, python_rootfs, start_shell};
 use fork::worker::{Jail, Limits, Workers, WorkersSpec};
 use fork::{
-    Child, ContainerSpec, Disks, ForkSpec, Network, Place, Pool, ProcessSpec, Stream, Template,
-    Writable,
+    Child, ContainerSpec, Disks, ForkSpec, Network, Place, Pool, ProcessSpec, Rate, RateLimit,
+    RateLimits, Stream, Template, Writable,
 };
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::Read;
+use std::num::NonZeroU64;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -185,6 +186,63 @@ fn twenty_megabytes_arrive_whole_in_large_frames() {
     assert!(mean("rx") > 2 * 1514, "from the guest: {}", mean("rx"));
 }
 
+/// How long four megabytes take to a child, and from it, by the host's clock.
+fn times(limits: RateLimits) -> [Duration; 2] {
+    let (wire, network) = Wire::new();
+    let network = Network { limits, ..network };
+    let spec = spec(Some(network), busybox_rootfs());
+    let mut child = template().fork(spec).expect("forks");
+    let dir = tempfile::tempdir().expect("a directory");
+    std::fs::write(dir.path().join("data"), vec![7; 4_000_000]).expect("written");
+    let path = dir.path().to_str().expect("text");
+    let _server = wire.start(&["busybox", "httpd", "-f", "-p", "8000", "-h", path]);
+    let script = format!(
+        "mkdir /www; cd /www; echo > small
+        head -c 4000000 /dev/zero > data; httpd -p 80 -h /www
+        until wget -q -O /dev/null http://{HOST}:8000/; do sleep 0.2; done 2> /dev/null
+        echo begin; wget -q -O /dev/null http://{HOST}:8000/data; echo end; sleep 1000"
+    );
+    std::fs::write(dir.path().join("index.html"), "").expect("written");
+    let mut stdout = start_shell(&mut child, &script);
+    await_line(&mut stdout, "begin");
+    let start = Instant::now();
+    await_line(&mut stdout, "end");
+    let to_guest = start.elapsed();
+    let wget = |name: &str| {
+        let url = format!("http://{GUEST}/{name}");
+        until_it_works(&wire, &["busybox", "wget", "-q", "-O", "/dev/null", &url]);
+    };
+    wget("small");
+    let start = Instant::now();
+    wget("data");
+    [to_guest, start.elapsed()]
+}
+
+#[test]
+fn a_limit_is_kept_in_each_direction() {
+    let limit = RateLimit {
+        bytes: Some(Rate {
+            per_second: NonZeroU64::new(1_000_000).expect("not zero"),
+            burst: 100_000,
+        }),
+        frames: None,
+    };
+    let free = times(RateLimits::default());
+    let limits = RateLimits {
+        from_guest: limit,
+        to_guest: limit,
+    };
+    let limited = times(limits);
+    println!("4 MB to a guest and from it: {free:?}; at 1 MB/s: {limited:?}");
+    for (free, limited) in free.into_iter().zip(limited) {
+        // All but the burst, and what was saved while nothing came.
+        assert!(limited > Duration::from_millis(3800), "{limited:?}");
+        // The headers too; and this host may be slow.
+        assert!(limited < Duration::from_secs(10), "{limited:?}");
+        assert!(free < limited / 2, "{free:?}");
+    }
+}
+
 /// In hexadecimal digits.
 struct HexOf(Vec<u8>);
 
@@ -232,10 +290,15 @@ fn a_child_in_a_jailed_worker_has_a_network_too() {
     let jail = Jail::On(Limits::default());
     let workers = Arc::new(Workers::start(WorkersSpec { program, jail }).expect("a spawner"));
     let pool = Pool::new(template(), Place::Workers(workers), 0).expect("a pool");
-    let (wire, network) = Wire::new();
+    let (wire, mut network) = Wire::new();
+    // So slow that each frame waits for its time.
+    network.limits.from_guest.bytes = Some(Rate {
+        per_second: NonZeroU64::new(1000).expect("not zero"),
+        burst: 0,
+    });
     let spec = spec(Some(network), busybox_rootfs());
     let mut child = pool.fork(spec).expect("forks");
-    let script = format!("ping -c 3 -W 20 -q {HOST6} > /dev/null && echo alive=yes");
+    let script = format!("ping -c 3 -W 20 -s 500 -i 0.1 -q {HOST6} > /dev/null && echo alive=yes");
     let text = output_of(&mut child, &script);
     assert_eq!(field(&text, "alive"), "yes");
     // The end of a child is the end of its tap.

@@ -31,10 +31,11 @@ mod window;
 mod x86_64;
 
 pub use devices::Console;
+pub use devices::virtio::{Rate, RateLimit, RateLimits};
 pub use error::{ConfigError, Error, HostError};
 pub use host::{Cpu, Host, ThreadKind, ThreadStart, VMS_PER_PROCESS};
 pub use layout::{MEMORY_MAX, MEMORY_MIN, RamRange, VCPUS_MAX};
-pub use machine::{Disks, Event, EventSink};
+pub use machine::{Disks, Event, EventSink, Tap};
 pub use memory::{Image, Ram};
 pub use moment::Moment;
 pub use payload::Payload;

@@ -28,7 +28,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockState};
 use devices::virtio::fs::{Fs, FsState};
 use devices::virtio::mmio::{MmioTransport, TransportState};
-use devices::virtio::net::{Net, NetState};
+use devices::virtio::net::{Net, NetState, RateLimits};
 use devices::virtio::pmem::{Pmem, PmemState};
 use devices::virtio::rng::{Rng, RngState};
 use devices::virtio::vsock::{Vsock, VsockState};
@@ -49,6 +49,15 @@ pub(crate) const VIRTIO_DEVICES: u32 = 8;
 /// the size when it probes, in the parent, long before a file is bound; reads
 /// behind the file's end give zeroes.
 const DISK_SECTORS: u64 = (1 << 40) / 512;
+
+/// What a network device is bound to.
+#[derive(Debug)]
+pub struct Tap {
+    /// See [`Net::bind`].
+    pub descriptor: OwnedFd,
+    /// How fast frames may go through it.
+    pub limits: RateLimits,
+}
 
 /// What a running VM tells whoever runs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -226,12 +235,12 @@ impl Devices {
         &self,
         disks: Disks,
         volumes: Option<OwnedFd>,
-        tap: Option<OwnedFd>,
+        tap: Option<Tap>,
     ) -> Result<(), Error> {
         if let Some(tap) = tap {
             lock(&self.net)
                 .device_mut()
-                .bind(tap)
+                .bind(tap.descriptor, tap.limits)
                 .map_err(refused("the network"))?;
         }
         if let Some(server) = volumes {

@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::host::Host;
 use crate::io::Io;
 use crate::kvm::{KvmVm, Made};
-use crate::machine::{Bus, Devices, Disks, EventSink};
+use crate::machine::{Bus, Devices, Disks, EventSink, Tap};
 use crate::memory::{Image, Ram};
 use crate::moment::Moment;
 use crate::reaper::{Parts, Reaper};
@@ -38,8 +38,8 @@ pub struct Birth {
     pub disks: Disks,
     /// The server of its volumes: see [`devices::virtio::fs::Fs::bind`].
     pub volumes: Option<OwnedFd>,
-    /// The tap of its network: see [`devices::virtio::net::Net::bind`].
-    pub tap: Option<OwnedFd>,
+    /// The tap of its network.
+    pub tap: Option<Tap>,
     /// Whether the root image is mapped into the guest too, if it fits its root
     /// window: it shares the image's pages with all who map them.
     pub map_root: bool,

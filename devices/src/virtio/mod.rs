@@ -24,7 +24,7 @@ pub use block::{Block, BlockError, BlockState};
 pub use chain::{Buffers, Chain, ChainError};
 pub use fs::{Fs, FsError, FsState};
 pub use mmio::{MmioTransport, RestoreError, TransportState};
-pub use net::{Net, NetError, NetState};
+pub use net::{Net, NetError, NetState, Rate, RateLimit, RateLimits};
 pub use pmem::{Pmem, PmemError, PmemState};
 pub use queue::{DeviceIo, QueueError, QueueState};
 pub use rng::{Rng, RngState};

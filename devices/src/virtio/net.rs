@@ -23,8 +23,11 @@ use super::queue::{DeviceIo, QueueError};
 use super::{Progress, VirtioDevice, copy_config};
 
 mod header;
+mod limits;
 
 use header::{HEADER_SIZE, Header};
+use limits::{Direction, Limiter};
+pub use limits::{Rate, RateLimit, RateLimits};
 
 const TYPE_NET: u32 = 1;
 const RX: usize = 0;
@@ -125,6 +128,8 @@ struct Link {
     buffer: Vec<u8>,
     /// Bytes in the buffer that are not the guest's yet.
     pending: usize,
+    /// What holds frames back, if anything.
+    limiter: Option<Box<Limiter>>,
     /// A tap that fails over and over fills no log.
     warned: bool,
 }
@@ -161,11 +166,12 @@ impl Net {
     /// in little-endian order (TUNSETVNETLE); and it hands on checksums and segments of
     /// TCP undone (TUNSETOFFLOAD: TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN),
     /// which only a guest that takes them can have. The device does none of this
-    /// itself: it makes no ioctl.
+    /// itself: it makes no ioctl. What goes through it, either way, is held back by
+    /// `limits`; without any, there is no timer.
     ///
     /// # Errors
-    /// A second tap, or a descriptor that is none.
-    pub fn bind(&mut self, tap: OwnedFd) -> Result<(), NetError> {
+    /// A second tap, a descriptor that is none, or no descriptor for a timer.
+    pub fn bind(&mut self, tap: OwnedFd, limits: RateLimits) -> Result<(), NetError> {
         if self.link.is_some() {
             return Err(NetError::Bound);
         }
@@ -176,14 +182,22 @@ impl Net {
         if !flags.contains(OFlags::NONBLOCK) {
             return Err(NetError::Blocking);
         }
-        epoll::add(&self.epoll, &tap, EventData::new_u64(0), WATCHED)
-            .map_err(|e| NetError::Io(e.into()))?;
+        let limiter = Limiter::new(limits).map_err(NetError::Io)?;
+        let watch = |what: BorrowedFd<'_>, key, flags| {
+            epoll::add(&self.epoll, what, EventData::new_u64(key), flags)
+                .map_err(|e| NetError::Io(e.into()))
+        };
+        watch(tap.as_fd(), TAP, WATCHED)?;
+        if let Some(limiter) = &limiter {
+            watch(limiter.as_fd(), TIMER, EventFlags::IN | EventFlags::ET)?;
+        }
         self.link = Some(Link {
             tap,
             readable: true,
             full: false,
             buffer: Vec::new(),
             pending: 0,
+            limiter,
             warned: false,
         });
         Ok(())
@@ -198,17 +212,18 @@ impl Net {
     fn transmit(&mut self, io: &mut DeviceIo<'_>) -> Result<Progress, QueueError> {
         let mut moved = 0;
         while moved < BURST_MAX {
-            if self.link.as_ref().is_some_and(|link| link.full) {
+            if self.link.as_mut().is_some_and(|link| !link.takes_frames()) {
                 return Ok(Progress::Done);
             }
             let Some(mut chain) = io.pop_or_wait(TX)? else {
                 return Ok(Progress::Done);
             };
-            moved += FRAME_COST + chain.readable.len();
+            let len = chain.readable.len();
+            moved += FRAME_COST + len;
             if let Some(link) = &mut self.link {
                 let sent = link.send(&mut chain, io.features());
                 match sent.map_err(|source| QueueError::Chain { queue: TX, source })? {
-                    Sent::Taken => {}
+                    Sent::Taken => link.charge(Direction::FromGuest, len.min(PACKET_MAX)),
                     Sent::Full => {
                         io.undo_pop(TX);
                         link.wait_for_room(&self.epoll);
@@ -229,7 +244,7 @@ impl Net {
         let mut moved = 0;
         while moved < BURST_MAX {
             if link.pending == 0 {
-                if !link.readable {
+                if !link.readable || !link.admits(Direction::ToGuest) {
                     return Ok(Progress::Done);
                 }
                 // Nothing is read for which there is no place at all.
@@ -253,9 +268,9 @@ impl Net {
         Ok(Progress::More)
     }
 
-    /// Learns what the tap has said.
+    /// Learns what the tap has said, and the timer.
     fn take_host_events(&mut self) {
-        let mut events = Vec::with_capacity(1);
+        let mut events = Vec::with_capacity(2);
         let now = rustix::event::Timespec {
             tv_sec: 0,
             tv_nsec: 0,
@@ -268,6 +283,10 @@ impl Net {
             return;
         };
         for event in events {
+            if event.data.u64() == TIMER {
+                link.limiter.iter_mut().for_each(|limiter| limiter.wake());
+                continue;
+            }
             // What has failed is found out by a read, and by a write.
             let failed = EventFlags::ERR | EventFlags::HUP;
             let flags = event.flags;
@@ -276,6 +295,10 @@ impl Net {
         }
     }
 }
+
+/// What is watched.
+const TAP: u64 = 0;
+const TIMER: u64 = 1;
 
 const WATCHED: EventFlags = EventFlags::IN.union(EventFlags::OUT).union(EventFlags::ET);
 
@@ -288,6 +311,29 @@ enum Sent {
 }
 
 impl Link {
+    /// Whether a frame may go in that direction now. If not, the timer tells when.
+    fn admits(&mut self, direction: Direction) -> bool {
+        let limiter = self.limiter.as_mut();
+        limiter.is_none_or(|limiter| limiter.admits(direction))
+    }
+
+    /// Whether a frame of the guest may go now. If not, an event tells when.
+    fn takes_frames(&mut self) -> bool {
+        !self.full && self.admits(Direction::FromGuest)
+    }
+
+    /// Whether the guest may have frames that could not go.
+    fn holds_up(&self) -> bool {
+        self.full || self.limiter.is_some()
+    }
+
+    /// A frame has gone, with its header so long.
+    fn charge(&mut self, direction: Direction, len: usize) {
+        if let Some(limiter) = &mut self.limiter {
+            limiter.charge(direction, len.saturating_sub(HEADER_SIZE));
+        }
+    }
+
     /// Sends one frame of the guest.
     fn send(&mut self, chain: &mut Chain<'_>, features: u64) -> Result<Sent, ChainError> {
         let header = Header::read(&mut chain.readable)?;
@@ -314,7 +360,7 @@ impl Link {
     /// some by now.
     fn wait_for_room(&mut self, epoll: &OwnedFd) {
         self.full = true;
-        if let Err(error) = epoll::modify(epoll, &self.tap, EventData::new_u64(0), WATCHED) {
+        if let Err(error) = epoll::modify(epoll, &self.tap, EventData::new_u64(TAP), WATCHED) {
             // Without the event it would be full for ever: frames are lost instead.
             self.full = false;
             self.report("it cannot be watched", &error.into());
@@ -367,7 +413,10 @@ impl Link {
     /// What a read has given: `None` if there is no frame.
     fn has_read(&mut self, read: io::Result<usize>) -> Option<usize> {
         match read {
-            Ok(len) if len > 0 => return Some(len),
+            Ok(len) if len > 0 => {
+                self.charge(Direction::ToGuest, len);
+                return Some(len);
+            }
             // The end of what was no tap.
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -491,10 +540,10 @@ impl VirtioDevice for Net {
     }
 
     fn process_host_events(&mut self, io: &mut DeviceIo<'_>) -> Result<Progress, QueueError> {
-        let was_full = self.link.as_ref().is_some_and(|link| link.full);
+        let held_up = self.link.as_ref().is_some_and(Link::holds_up);
         self.take_host_events();
         let received = self.receive(io)?;
-        if was_full && self.transmit(io)? == Progress::More {
+        if held_up && self.transmit(io)? == Progress::More {
             return Ok(Progress::More);
         }
         Ok(received)

@@ -16,7 +16,7 @@
 
 use crate::machine::News;
 use serde::{Deserialize, Serialize};
-use vmm::{Moment, Timeline};
+use vmm::{Moment, RateLimits, Timeline};
 
 /// From the owner.
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,7 +36,8 @@ pub(crate) enum ToWorker {
         has_mounted: bool,
         has_writable: bool,
         has_volumes: bool,
-        has_network: bool,
+        /// The limits of its network, whose tap comes with it.
+        network: Option<RateLimits>,
         map_root: bool,
         hold: bool,
     },

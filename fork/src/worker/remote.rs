@@ -84,7 +84,8 @@ impl Remote {
     /// Asks it to run the child, whose volumes `server` serves.
     pub(crate) fn start(&self, request: &Request, server: Option<&OwnedFd>) -> Result<(), Error> {
         let disks = &request.disks;
-        let tap = request.network.as_ref().map(|network| &network.tap);
+        let network = request.network.as_ref();
+        let tap = network.map(|network| &network.tap);
         let files = [&disks.root, &disks.mounted, &disks.writable]
             .into_iter()
             .flatten();
@@ -100,7 +101,7 @@ impl Remote {
             has_mounted: disks.mounted.is_some(),
             has_writable: disks.writable.is_some(),
             has_volumes: server.is_some(),
-            has_network: tap.is_some(),
+            network: network.map(|network| network.limits),
             map_root: request.map_root,
             hold: request.hold,
         };

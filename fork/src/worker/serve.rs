@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vm_run_abi::identity;
-use vmm::{Birth, Disks, EventSink, Host, Image, Prepared, Vm, VmState};
+use vmm::{Birth, Disks, EventSink, Host, Image, Prepared, Tap, Vm, VmState};
 
 /// The longest state, in bytes: some ten kilobytes for each vCPU.
 pub(crate) const STATE_MAX: u64 = 16 << 20;
@@ -71,7 +71,7 @@ impl Worker {
                 has_mounted,
                 has_writable,
                 has_volumes,
-                has_network,
+                network,
                 map_root,
                 hold,
             } => {
@@ -86,8 +86,11 @@ impl Worker {
                 let mut birth = self.birth(&prepared, &identity, disks, map_root, hold);
                 let server = has_volumes.then(|| with.next()).flatten();
                 birth.volumes = server.map(OwnedFd::from);
-                let tap = has_network.then(|| with.next()).flatten();
-                birth.tap = tap.map(OwnedFd::from);
+                let tap = |limits| {
+                    let descriptor = with.next()?.into();
+                    Some(Tap { descriptor, limits })
+                };
+                birth.tap = network.and_then(tap);
                 let vm = prepared.start(asked, birth).map_err(|e| e.to_string())?;
                 let started = FromWorker::Started {
                     timeline: vm.timeline(),

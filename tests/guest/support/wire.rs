@@ -1,7 +1,7 @@
 //! The host's end of a child's network: a network namespace with a tap in it, as
 //! `docs/library.md` says that one is made.
 
-use fork::{Network, addresses};
+use fork::{Network, RateLimits, addresses};
 use rustix::fd::AsFd;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::File;
@@ -40,7 +40,13 @@ impl Wire {
             let words = words.split(' ');
             run(Command::new("ip").args(["-n", &wire.0]).args(words));
         }
-        (wire, Network { tap })
+        (
+            wire,
+            Network {
+                tap,
+                limits: RateLimits::default(),
+            },
+        )
     }
 
     /// What `make` makes in the namespace: a socket stays there.

@@ -5,6 +5,7 @@ use rustix::fs::fcntl_setfl;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
 };
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 /// What stands for a tap here, and its other side.
@@ -14,9 +15,13 @@ fn pair() -> (OwnedFd, OwnedFd) {
 }
 
 fn bound() -> (Net, OwnedFd) {
+    limited(RateLimits::default())
+}
+
+fn limited(limits: RateLimits) -> (Net, OwnedFd) {
     let (tap, wire) = pair();
     let mut device = Net::restore(&NetState::default()).unwrap();
-    device.bind(tap).unwrap();
+    device.bind(tap, limits).unwrap();
     (device, wire)
 }
 
@@ -110,13 +115,14 @@ fn a_state_of_no_device_is_refused() {
 fn a_tap_is_bound_once_and_never_waits() {
     let (mut device, _wire) = bound();
     assert!(device.has_tap());
-    assert!(matches!(device.bind(pair().0), Err(NetError::Bound)));
+    let free = RateLimits::default();
+    assert!(matches!(device.bind(pair().0, free), Err(NetError::Bound)));
     let mut device = Net::restore(&NetState::default()).unwrap();
     let (tap, _wire) = pair();
     fcntl_setfl(&tap, OFlags::empty()).unwrap();
-    assert!(matches!(device.bind(tap), Err(NetError::Blocking)));
+    assert!(matches!(device.bind(tap, free), Err(NetError::Blocking)));
     let (reader, _writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK).unwrap();
-    assert!(matches!(device.bind(reader), Err(NetError::Access)));
+    assert!(matches!(device.bind(reader, free), Err(NetError::Access)));
     assert!(!device.has_tap());
 }
 
@@ -429,4 +435,92 @@ fn a_child_goes_on_with_a_tap_of_its_own() {
     assert_eq!(received(&mut child), Some(packet(PLAIN, 70)));
     child.request(TX, &[Buffer::Out(packet(PLAIN, 80))]);
     assert_eq!(heard(&wire), Some(packet(PLAIN, 80)));
+}
+
+/// So much in a second, and no more at once than there must be.
+fn slow(per_second: u64) -> Option<Rate> {
+    let per_second = std::num::NonZeroU64::new(per_second).unwrap();
+    let burst = 0;
+    Some(Rate { per_second, burst })
+}
+
+/// Lets time go by until `done` has been so often.
+fn until(
+    guest: &mut FakeGuest<Net>,
+    count: usize,
+    mut done: impl FnMut(&mut FakeGuest<Net>) -> bool,
+) {
+    let mut seen = 0;
+    for _ in 0..1000 {
+        guest.run();
+        seen += std::iter::from_fn(|| done(guest).then_some(())).count();
+        if seen == count {
+            return;
+        }
+        guest.wait(100);
+    }
+    panic!("{seen} of {count}");
+}
+
+#[test]
+fn frames_of_a_guest_wait_for_their_time_and_none_is_lost() {
+    let mut limits = RateLimits::default();
+    limits.from_guest.bytes = slow(100_000);
+    let (device, wire) = limited(limits);
+    let mut guest = FakeGuest::boot(device);
+    let start = Instant::now();
+    for len in 0..10 {
+        guest.submit(TX, &[Buffer::Out(packet(PLAIN, 5000 + len))]);
+    }
+    // It comes to rest, or this panics; and what is not held back is not.
+    guest.run();
+    let sent = std::iter::from_fn(|| heard(&wire)).count();
+    assert!((1..10).contains(&sent), "{sent}");
+    guest.submit(RX, &[Buffer::In(2048)]);
+    say(&wire, &packet(PLAIN, 60));
+    guest.run();
+    assert_eq!(received(&mut guest), Some(packet(PLAIN, 60)));
+    let mut len = 5000 + sent;
+    until(&mut guest, 10 - sent, |_| {
+        let frame = heard(&wire);
+        let expected = packet(PLAIN, len);
+        len += usize::from(frame.is_some());
+        frame.is_some_and(|frame| frame == expected)
+    });
+    // Nine are paid for before the tenth goes; the bucket holds four milliseconds.
+    assert!(start.elapsed() >= Duration::from_millis(440));
+}
+
+#[test]
+fn frames_for_a_guest_wait_for_their_time_and_none_is_lost() {
+    let mut limits = RateLimits::default();
+    limits.to_guest.frames = slow(50);
+    let (device, wire) = limited(limits);
+    let mut guest = FakeGuest::boot(device);
+    for _ in 0..10 {
+        guest.submit(RX, &[Buffer::In(2048)]);
+        say(&wire, &packet(PLAIN, 60));
+    }
+    let start = Instant::now();
+    guest.run();
+    assert_eq!(received(&mut guest), Some(packet(PLAIN, 60)));
+    assert_eq!(received(&mut guest), None);
+    guest.request(TX, &[Buffer::Out(packet(PLAIN, 60))]);
+    assert_eq!(heard(&wire), Some(packet(PLAIN, 60)));
+    until(&mut guest, 9, |guest| received(guest).is_some());
+    assert!(start.elapsed() >= Duration::from_millis(170));
+}
+
+#[test]
+fn a_reset_pays_no_debts() {
+    let mut limits = RateLimits::default();
+    limits.from_guest.bytes = slow(1000);
+    let (device, wire) = limited(limits);
+    let mut guest = FakeGuest::boot(device);
+    guest.request(TX, &[Buffer::Out(packet(PLAIN, 60_000))]);
+    assert!(heard(&wire).is_some());
+    assert!(guest.set_up(u64::MAX));
+    guest.submit(TX, &[Buffer::Out(packet(PLAIN, 60))]);
+    guest.run();
+    assert_eq!(heard(&wire), None);
 }

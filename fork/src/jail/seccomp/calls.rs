@@ -187,6 +187,9 @@ fn files() -> Vec<Call> {
         always(IO, libc::SYS_epoll_wait),
         always(ALL, libc::SYS_epoll_pwait),
         always(IO, libc::SYS_epoll_pwait2),
+        // The pace of a network that has a limit: made when the tap is bound.
+        always(MAIN, libc::SYS_timerfd_create),
+        always(IO, libc::SYS_timerfd_settime),
         always(MAIN, libc::SYS_poll),
         always(MAIN, libc::SYS_ppoll),
     ]
