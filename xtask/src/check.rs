@@ -4,7 +4,7 @@ use crate::artifacts::cargo;
 use crate::{arrows, host};
 use anyhow::{Context, Result};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// The cargo-deny that is installed where none is.
@@ -23,18 +23,11 @@ pub fn run() -> Result<()> {
     for workspace in [".", "guest-kernel"] {
         let dir = host::root().join(workspace);
         step(&format!("clippy {workspace}"));
-        let clippy = [
-            "clippy",
-            "--quiet",
-            "--locked",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ];
-        host::run(cargo(&clippy).current_dir(&dir))?;
+        clippy(&dir, &["--workspace", "--all-targets"])?;
     }
+    // Those with `test = false` are not among all targets.
+    step("clippy of the tests that need a host");
+    clippy(&host::root(), &["--test", "guest", "--test", "soak"])?;
     step("deny");
     let deny = cargo_deny()?;
     for workspace in [".", "guest-kernel"] {
@@ -51,6 +44,12 @@ pub fn run() -> Result<()> {
     }
     step("arrows");
     arrows::check()
+}
+
+fn clippy(dir: &Path, targets: &[&str]) -> Result<()> {
+    let first = ["clippy", "--quiet", "--locked"];
+    let words = [&first, targets, &["--", "-D", "warnings"]].concat();
+    host::run(cargo(&words).current_dir(dir))
 }
 
 fn step(name: &str) {
