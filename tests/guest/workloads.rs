@@ -2,6 +2,7 @@
 //! stops by its image's signal, and finds what it wrote when it is started again.
 
 mod served;
+mod throughput;
 mod warm;
 
 use crate::support::{Call, PATIENCE, Ran, own_root, variable};
