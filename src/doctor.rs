@@ -1,12 +1,14 @@
 //! `vm-run doctor`: what this host can do, each finding with its cure.
 
 use crate::guest::{self, GuestArgs};
+use crate::net;
 use anyhow::Result;
 use fork::{Host, Isolation};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::fs;
 use std::io::Write;
+use std::path::Path;
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -93,8 +95,33 @@ pub fn examine() -> Vec<Finding> {
             cure: Some("install vm-run's guest, or build it: cargo xtask guest".into()),
         },
     });
+    all.push(networks());
     all.extend(host_tuning());
     all
+}
+
+/// What a network needs is tried, in a namespace that goes with the trial.
+fn networks() -> Finding {
+    let warn = |finding: String, cure: &str| Finding {
+        name: "networks",
+        level: Level::Warn,
+        finding,
+        cure: Some(cure.into()),
+    };
+    if let Err(error) = net::trial() {
+        let finding = format!("containers here have none: {}", crate::line(&error));
+        return warn(
+            finding,
+            "be root, and load the modules bridge, veth, tun, nf_tables, nft_chain_nat, nft_fib_inet and nft_reject_inet",
+        );
+    }
+    if Path::new("/sys/class/net/docker0").exists() {
+        return warn(
+            "Docker is on this host, and its rules drop what others forward".into(),
+            "let ours through: iptables -I DOCKER-USER -i 'vmr-+' -j ACCEPT, and the same with -o; ignore this if that is done",
+        );
+    }
+    ok("networks", "bridges, taps and nf_tables are there".into())
 }
 
 fn ok(name: &'static str, finding: String) -> Finding {

@@ -36,6 +36,7 @@ mod store;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod trial;
 
 pub use attachment::{Attachment, Who};
 pub use host::Host;
@@ -43,6 +44,7 @@ pub use publish::Publish;
 pub use run_args::NetworkArgs;
 pub use show::{describe, port_lines, ports_column};
 pub use store::{DEFAULT, Store};
+pub use trial::trial;
 
 use egress::Egress;
 use fork::RateLimits;
