@@ -102,6 +102,7 @@ impl Attachment {
             let joined = join(host, &self.namespace, &self.owner, name, membership, number)?;
             self.joined.push(joined);
         }
+        self.lead_ports(host)?;
         host.settle()
     }
 
@@ -116,13 +117,24 @@ impl Attachment {
         let names = Arc::clone(&self.peers) as Arc<dyn dns::Names>;
         self.dns = Some(dns::serve(udp, tcp, names, upstream)?);
         self.published = ports::publish(&self.plan.publish, &self.namespace)?;
-        if let (Some(first), false) = (self.joined.first_mut(), self.published.ports().is_empty()) {
-            first.endpoint.ports = self.published.ports().to_vec();
-            let host = Host::lock(who.root)?;
-            host.store.set_ports(&first.endpoint)?;
-            host.settle()?;
+        if self.published.ports().is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let host = Host::lock(who.root)?;
+        self.lead_ports(&host)?;
+        host.settle()
+    }
+
+    /// What comes to published ports goes in by the first network.
+    fn lead_ports(&mut self, host: &Host) -> Result<()> {
+        let ports = self.published.ports();
+        match self.joined.first_mut() {
+            Some(first) if first.endpoint.ports != ports => {
+                first.endpoint.ports = ports.to_vec();
+                host.store.set_ports(&first.endpoint)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A tap for the container's next child.
@@ -190,6 +202,7 @@ impl Attachment {
                 .context("cannot remove an interface")?;
         }
         host.store.leave(self.owner.id(), Some(network))?;
+        self.lead_ports(host)?;
         host.settle()
     }
 

@@ -167,8 +167,6 @@ const NFTA_LOOKUP_SREG: u16 = 2;
 const NFTA_LOOKUP_DREG: u16 = 3;
 /// RTN_LOCAL.
 const LOCAL: u32 = 2;
-/// What nft calls a type that is none of its own, for listings; the kernel does not care.
-const TYPE: u32 = 0;
 
 impl Hook {
     /// The kind of the chain, the hook, and its priority (linux netfilter_ipv4.h).
@@ -279,8 +277,12 @@ impl Batch {
         let encoder = request.encode().push_table_bytes(table.as_bytes());
         let encoder = encoder.push_name_bytes(map.name.as_bytes());
         let encoder = encoder.push_flags(SetFlags::Map as u32);
-        let encoder = encoder.push_key_type(TYPE).push_key_len(map.key_length());
-        let encoder = encoder.push_data_type(TYPE).push_data_len(8);
+        let encoder = encoder
+            .push_key_type(map.key_type())
+            .push_key_len(map.key_length());
+        let encoder = encoder
+            .push_data_type(joined([TYPE_ADDRESS, TYPE_PORT]))
+            .push_data_len(8);
         drop(encoder.push_id(number));
         // An attribute is 64 KiB at most, and an entry some fifty bytes.
         for entries in map.entries.chunks(500) {
@@ -318,7 +320,24 @@ impl Batch {
     }
 }
 
+// What nft(8) shows the parts as (its include/datatype.h); to the kernel they are bytes.
+const TYPE_ADDRESS: u32 = 7;
+const TYPE_PROTOCOL: u32 = 12;
+const TYPE_PORT: u32 = 13;
+
+/// The type of parts one after another.
+fn joined<const N: usize>(parts: [u32; N]) -> u32 {
+    parts.into_iter().fold(0, |all, part| all << 6 | part)
+}
+
 impl Map {
+    fn key_type(&self) -> u32 {
+        match self.has_address {
+            true => joined([TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_PORT]),
+            false => joined([TYPE_PROTOCOL, TYPE_PORT]),
+        }
+    }
+
     /// In bytes: each part has a register of four.
     fn key_length(&self) -> u32 {
         if self.has_address { 12 } else { 8 }

@@ -401,6 +401,33 @@ fn a_network_can_be_joined_and_left_by_a_guest_that_runs() {
 }
 
 #[test]
+fn published_ports_go_over_to_another_network() {
+    let world = World::new();
+    world.create("red", Wanted::default());
+    let published = Plan {
+        publish: Publish::parse("8080:80").expect("fine"),
+        ..plan(&["bridge"])
+    };
+    let mut one = world.guest("one", &published);
+    let _server = serve(&one.place, 80, "one");
+    let red = Membership {
+        network: "red".into(),
+        ..Membership::default()
+    };
+    let attachment = one.attachment.as_mut().expect("not dropped");
+    world
+        .on_host(|| {
+            attachment.connect("one", &red)?;
+            attachment.disconnect("bridge")
+        })
+        .expect("done");
+    assert_eq!(run(&world.outside, &get(HOST, 8080)), "one");
+    // By the kernel: a proxy would be the only one whose address the container sees.
+    let table = run(&world.host, "nft list ruleset");
+    assert!(table.contains(&one.ipv4(0).to_string()), "{table}");
+}
+
+#[test]
 fn what_may_be_reached_is_what_is_allowed() {
     let world = World::new();
     let _a = serve(&world.outside, 8000, "a");

@@ -371,6 +371,29 @@ impl Drop for Background {
 }
 
 #[test]
+fn connections_of_a_template_are_reset_or_kept_as_it_is_chosen() {
+    const CONNECTED: &str = "mkfifo /p; sleep 1000 > /p & nc 203.0.113.2 8000 < /p &
+        is_open() { netstat -tn | grep -q ':8000 .*ESTABLISHED'; }
+        until is_open; do sleep 0.2; done
+        /run/vm-run/warm > /dev/null && is_open && echo open || echo reset; exit 0";
+    let _outside = Outside::new().serving();
+    let own = own_root();
+    let root = own.path();
+    let words = ["--name", "w", "--image", "busybox", "--network", "bridge"];
+    let warm = ["--warm", CONNECTED];
+    let built = Call::template_build_in(root, &[&words[..], &warm].concat()).end();
+    assert_eq!(built.status, 0, "{built}");
+    for (options, state) in [
+        (&[][..], "reset\n"),
+        (&["--connections", "reset"], "reset\n"),
+        (&["--connections", "keep"], "open\n"),
+    ] {
+        let ran = Call::run_in(root, &[options, &["--template", "w"]].concat()).end();
+        assert_eq!((ran.status, ran.out().as_str()), (0, state), "{ran}");
+    }
+}
+
+#[test]
 fn nothing_is_left_of_a_network_whose_processes_were_killed() {
     let own = own_root();
     let root = own.path();
