@@ -13,38 +13,18 @@
 
 pub mod console;
 pub mod i8042;
+mod memory;
 pub mod serial;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 pub mod virtio;
 
 pub use console::Console;
+pub use memory::{DeviceMemory, GuestMemory, GuestSlice, WriteLog};
 pub use serial::{Serial, SerialState};
 
 use std::io;
 use vmm_sys_util::eventfd::EventFd;
-
-/// The memory of a guest. No dirty bitmap: the pages that a fork has written are
-/// the kernel's business (they are private pages of the mapping).
-pub type GuestMemory = vm_memory::GuestMemoryMmap;
-
-/// What the devices of a guest reach of its addresses.
-#[derive(Clone, Debug)]
-pub struct DeviceMemory {
-    /// RAM.
-    pub ram: GuestMemory,
-    /// Files of the host that a guest can map, read-only. A driver names their pages
-    /// where it writes a file straight from a mapping of another (O_DIRECT). A file may
-    /// be cut short at any time, so this process never touches them: they are for
-    /// system calls, which say EFAULT then.
-    pub rom: Option<GuestMemory>,
-}
-
-impl From<GuestMemory> for DeviceMemory {
-    fn from(ram: GuestMemory) -> Self {
-        Self { ram, rom: None }
-    }
-}
 
 /// An edge-triggered interrupt line.
 pub trait Interrupt: Send + Sync {

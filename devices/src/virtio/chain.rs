@@ -4,9 +4,9 @@
 //! chain is either well-formed or an error. Guest memory is only ever reached
 //! through volatile slices: the guest may write it at the same time.
 
-use vm_memory::{GuestMemory as _, Permissions, VolatileSlice};
+use vm_memory::{GuestMemory as _, Permissions};
 
-use crate::{DeviceMemory, GuestMemory};
+use crate::{DeviceMemory, GuestMemory, GuestSlice};
 
 /// What is wrong with a descriptor chain (virtio 1.2 §2.7.4, §2.7.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,7 +33,7 @@ pub enum ChainError {
 /// The bytes of one direction of a chain, consumed from the front.
 #[derive(Debug, Default)]
 pub struct Buffers<'m> {
-    slices: Vec<VolatileSlice<'m>>,
+    slices: Vec<GuestSlice<'m>>,
     /// Slices before this one are consumed.
     first: usize,
     len: usize,
@@ -53,11 +53,11 @@ impl<'m> Buffers<'m> {
     }
 
     /// The slices that are left, in order; none is empty. For system calls.
-    pub(crate) fn slices(&self) -> &[VolatileSlice<'m>] {
+    pub(crate) fn slices(&self) -> &[GuestSlice<'m>] {
         &self.slices[self.first..]
     }
 
-    fn push(&mut self, slice: VolatileSlice<'m>) {
+    fn push(&mut self, slice: GuestSlice<'m>) {
         if !slice.is_empty() {
             self.len += slice.len();
             self.slices.push(slice);

@@ -5,8 +5,10 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use vm_memory::VolatileSlice;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::volatile_memory::PtrGuardMut;
+
+use crate::GuestSlice;
 
 /// The most slices that one call takes (Linux: UIO_MAXIOV); the rest is left for
 /// the next call, as after any short read or write.
@@ -20,11 +22,11 @@ struct IoVec {
 }
 
 impl IoVec {
-    fn new(slices: &[VolatileSlice<'_>]) -> Self {
+    fn new(slices: &[GuestSlice<'_>]) -> Self {
         let guards: Vec<PtrGuardMut> = slices
             .iter()
             .take(IOV_MAX)
-            .map(VolatileSlice::ptr_guard_mut)
+            .map(GuestSlice::ptr_guard_mut)
             .collect();
         let entries = guards
             .iter()
@@ -41,7 +43,7 @@ impl IoVec {
 
     /// The same, with `head` before the slices; the caller keeps it for as long as this
     /// lives.
-    fn with_head(head: (*mut u8, usize), slices: &[VolatileSlice<'_>]) -> Self {
+    fn with_head(head: (*mut u8, usize), slices: &[GuestSlice<'_>]) -> Self {
         let mut this = Self::new(&slices[..slices.len().min(IOV_MAX - 1)]);
         let head = libc::iovec {
             iov_base: head.0.cast(),
@@ -74,6 +76,17 @@ fn offset_of(offset: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
+/// Says that a call has written into `slices`: so many bytes, or, if it has failed, maybe
+/// any of them.
+fn written(slices: &[GuestSlice<'_>], result: &io::Result<usize>) {
+    let mut left = result.as_ref().copied().unwrap_or(usize::MAX);
+    for slice in slices {
+        let len = slice.len().min(left);
+        slice.bitmap().mark_dirty(0, len);
+        left -= len;
+    }
+}
+
 /// Repeats `call` while a signal interrupts it.
 fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
     loop {
@@ -90,19 +103,23 @@ fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
 /// `preadv(2)` into `slices`. Fewer bytes than asked for is no error.
 pub(super) fn preadv(
     fd: BorrowedFd<'_>,
-    slices: &[VolatileSlice<'_>],
+    slices: &[GuestSlice<'_>],
     offset: u64,
 ) -> io::Result<usize> {
     let (iov, offset) = (IoVec::new(slices), offset_of(offset)?);
     // SAFETY: each entry points to memory that its guard keeps mapped for as long
     // as `iov` lives, of the length given; the kernel writes nothing else.
-    retry(|| unsafe { libc::preadv(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count(), offset) })
+    let read = retry(|| unsafe {
+        libc::preadv(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count(), offset)
+    });
+    written(slices, &read);
+    read
 }
 
 /// `pwritev(2)` from `slices`. Fewer bytes than asked for is no error.
 pub(super) fn pwritev(
     fd: BorrowedFd<'_>,
-    slices: &[VolatileSlice<'_>],
+    slices: &[GuestSlice<'_>],
     offset: u64,
 ) -> io::Result<usize> {
     let (iov, offset) = (IoVec::new(slices), offset_of(offset)?);
@@ -112,30 +129,34 @@ pub(super) fn pwritev(
 }
 
 /// `readv(2)` into `slices`.
-pub(super) fn readv(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+pub(super) fn readv(fd: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usize> {
     let iov = IoVec::new(slices);
     // SAFETY: as in `preadv`.
-    retry(|| unsafe { libc::readv(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count()) })
+    let read = retry(|| unsafe { libc::readv(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count()) });
+    written(slices, &read);
+    read
 }
 
 /// `readv(2)` of one frame into `head` and then `slices`.
 pub(super) fn read_frame(
     fd: BorrowedFd<'_>,
     head: &mut [u8],
-    slices: &[VolatileSlice<'_>],
+    slices: &[GuestSlice<'_>],
 ) -> io::Result<usize> {
     let iov = IoVec::with_head((head.as_mut_ptr(), head.len()), slices);
     // SAFETY: `head`, which is borrowed mutably, outlives the call; each other entry
     // points to memory that its guard keeps mapped, of the length given; the kernel
     // writes nothing else.
-    retry(|| unsafe { libc::readv(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count()) })
+    let read = retry(|| unsafe { libc::readv(fd.as_raw_fd(), iov.entries.as_ptr(), iov.count()) });
+    written(slices, &read);
+    read
 }
 
 /// `writev(2)` of one frame, `head` and then `slices`.
 pub(super) fn write_frame(
     fd: BorrowedFd<'_>,
     head: &[u8],
-    slices: &[VolatileSlice<'_>],
+    slices: &[GuestSlice<'_>],
 ) -> io::Result<usize> {
     let iov = IoVec::with_head((head.as_ptr().cast_mut(), head.len()), slices);
     // SAFETY: `head` outlives the call; each other entry points to memory that its guard
@@ -144,7 +165,7 @@ pub(super) fn write_frame(
 }
 
 /// `sendmsg(2)` from `slices` to a socket: does not block, raises no SIGPIPE.
-pub(super) fn send(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+pub(super) fn send(fd: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usize> {
     let mut iov = IoVec::new(slices);
     let message = iov.message();
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
@@ -158,7 +179,7 @@ pub(super) fn send(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Resu
 pub(super) fn send_packet(
     fd: BorrowedFd<'_>,
     head: &[u8],
-    slices: &[VolatileSlice<'_>],
+    slices: &[GuestSlice<'_>],
 ) -> io::Result<usize> {
     let mut iov = IoVec::with_head((head.as_ptr().cast_mut(), head.len()), slices);
     let message = iov.message();
@@ -172,7 +193,7 @@ pub(super) fn send_packet(
 pub(super) fn receive_packet(
     fd: BorrowedFd<'_>,
     head: &mut [u8],
-    slices: &[VolatileSlice<'_>],
+    slices: &[GuestSlice<'_>],
 ) -> io::Result<usize> {
     let mut iov = IoVec::with_head((head.as_mut_ptr(), head.len()), slices);
     let mut message = iov.message();
@@ -180,5 +201,40 @@ pub(super) fn receive_packet(
     // mutably, outlive the call; each other entry points to memory that its guard keeps
     // mapped, of the length given; the kernel writes nothing else. No descriptors are
     // taken: there is no room for control messages.
-    retry(|| unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_TRUNC) })
+    let got = retry(|| unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_TRUNC) });
+    written(slices, &got);
+    got
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::GuestMemory;
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+    use vm_memory::{GuestAddress, GuestMemoryBackend, Permissions};
+
+    #[test]
+    fn what_a_call_has_written_is_logged_and_no_more() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory");
+        let log = || (**memory.find_region(GuestAddress(0)).expect("there")).bitmap();
+        log().begin();
+        let (at, access) = (GuestAddress(0xfff), Permissions::Write);
+        let slices = vm_memory::GuestMemory::get_slices(&memory, at, 0x4000, access)
+            .expect("RAM")
+            .collect::<Result<Vec<_>, _>>()
+            .expect("RAM");
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        theirs.write_all(b"two").expect("sent");
+        assert_eq!(readv(ours.as_fd(), &slices).expect("read"), 3);
+        assert_eq!(log().take()[0], 0b11);
+        theirs.write_all(b"head, and five").expect("sent");
+        let mut head = [0; 9];
+        read_frame(ours.as_fd(), &mut head, &slices).expect("read");
+        assert_eq!(log().take()[0], 0b11);
+        // Nobody knows how far it came.
+        preadv(ours.as_fd(), &slices, 0).expect_err("a socket has no place to read from");
+        assert_eq!(log().take()[0], 0b1_1111);
+    }
 }
