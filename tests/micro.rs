@@ -66,7 +66,7 @@ fn bytes(template: &Template) -> Vec<u8> {
     let mut all = vec![0; template.image().bytes() as usize];
     template
         .image()
-        .file()
+        .base()
         .read_exact_at(&mut all, 0)
         .expect("the base is readable");
     all

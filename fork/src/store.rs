@@ -226,7 +226,7 @@ pub(crate) fn save(dir: &Path, contents: &Contents<'_>) -> Result<Manifest, Erro
         reason: format!("its state cannot be written: {e}"),
     })?;
     write(&beside.path().join(STATE), &state_bytes)?;
-    let memory_sha256 = copy_memory(image, &beside.path().join(MEMORY))?;
+    let memory_sha256 = copy_memory(&image.flatten()?, &beside.path().join(MEMORY))?;
     if let Some(root) = &info.root {
         keep_root(root, &beside.path().join(ROOT))?;
     }
@@ -266,7 +266,7 @@ pub(crate) fn save(dir: &Path, contents: &Contents<'_>) -> Result<Manifest, Erro
     Ok(manifest)
 }
 
-/// Copies the image with its holes, and returns its digest.
+/// Copies an image without layers, with its holes, and returns its digest.
 fn copy_memory(image: &Image, path: &Path) -> Result<String, Error> {
     let file = create(path)?;
     let copy = || -> io::Result<String> {
@@ -276,7 +276,7 @@ fn copy_memory(image: &Image, path: &Path) -> Result<String, Error> {
         let mut buffer = vec![0; 1 << 20];
         let mut at = 0;
         while at < image.bytes() {
-            let data = match seek(image.file(), SeekFrom::Data(at)) {
+            let data = match seek(image.base(), SeekFrom::Data(at)) {
                 Ok(data) => data,
                 Err(Errno::NXIO) => image.bytes(),
                 Err(e) => return Err(e.into()),
@@ -289,10 +289,10 @@ fn copy_memory(image: &Image, path: &Path) -> Result<String, Error> {
             if at == image.bytes() {
                 break;
             }
-            let end = seek(image.file(), SeekFrom::Hole(at))?;
+            let end = seek(image.base(), SeekFrom::Hole(at))?;
             while at < end {
                 let part = &mut buffer[..((end - at) as usize).min(1 << 20)];
-                image.file().read_exact_at(part, at)?;
+                image.base().read_exact_at(part, at)?;
                 hash.update(&*part);
                 file.write_all_at(part, at)?;
                 at += part.len() as u64;

@@ -10,7 +10,7 @@ use crate::network::Network;
 use crate::stages::ForkPath;
 use crate::store::{self, Contents, Manifest};
 use crate::volumes::{VOLUMES_MAX, Volume};
-use crate::worker::write_state;
+use crate::worker::write_record;
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -155,8 +155,8 @@ pub struct Template {
     info: Arc<TemplateInfo>,
     image: Image,
     state: Arc<VmState>,
-    /// The state as a file, for workers; made when it is first asked for.
-    state_file: OnceLock<File>,
+    /// For workers; made when it is first asked for.
+    record: OnceLock<File>,
 }
 
 /// A fork's request, checked.
@@ -236,7 +236,7 @@ impl Template {
             info: Arc::new(info),
             image,
             state: Arc::new(state),
-            state_file: OnceLock::new(),
+            record: OnceLock::new(),
         }
     }
 
@@ -487,14 +487,14 @@ impl Template {
         &self.state
     }
 
-    /// The state in a file of its own, from its start.
-    pub(crate) fn state_file(&self) -> Result<&File, Error> {
-        if let Some(file) = self.state_file.get() {
+    /// What a worker needs to know beside the memory's files.
+    pub(crate) fn record(&self) -> Result<&File, Error> {
+        if let Some(file) = self.record.get() {
             return Ok(file);
         }
-        let file = write_state(&self.state).map_err(Error::Process)?;
+        let file = write_record(&self.state, &self.image).map_err(Error::Process)?;
         // Another thread may have been faster, with the same bytes.
-        Ok(self.state_file.get_or_init(|| file))
+        Ok(self.record.get_or_init(|| file))
     }
 
     pub(crate) fn info(&self) -> &Arc<TemplateInfo> {

@@ -85,7 +85,7 @@ fn digest(template: &Template) -> String {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     for at in (0..image.bytes()).step_by(buffer.len()) {
-        image.file().read_exact_at(&mut buffer, at).expect("reads");
+        image.base().read_exact_at(&mut buffer, at).expect("reads");
         hash.update(&buffer);
     }
     hash.finalize().iter().map(|b| format!("{b:02x}")).collect()

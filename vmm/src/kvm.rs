@@ -3,12 +3,12 @@
 use crate::error::Error;
 use crate::host::Host;
 use crate::layout::{IDENTITY_MAP, LAPIC, TSS, root_window};
-use crate::memory::Ram;
+use crate::memory::{PageSet, Ram};
 use crate::moment::Moment;
 use crate::window::RootWindow;
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_READONLY,
-    kvm_clock_data, kvm_irqchip, kvm_msi, kvm_userspace_memory_region,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEM_READONLY, kvm_clock_data, kvm_irqchip, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -130,6 +130,30 @@ impl KvmVm {
         self.fd
             .signal_msi(message)
             .map_err(Error::kvm("KVM_SIGNAL_MSI"))?;
+        Ok(())
+    }
+
+    /// Logs, from now on, what guest and monitor write of the memory. It stays so: what
+    /// has been written since the last fork is what the next one has to copy. Costs the
+    /// guest a fault at the first write to each page after each [`Self::take_writes`].
+    pub(crate) fn log_writes(&self) -> Result<(), Error> {
+        self.ram.log_writes();
+        for (slot, place) in (0..).zip(self.ram.slots()) {
+            self.fd.memory_slot(slot, place, KVM_MEM_LOG_DIRTY_PAGES)?;
+        }
+        Ok(())
+    }
+
+    /// Adds to `pages` what was written since the last call (api.rst 4.8,
+    /// KVM_GET_DIRTY_LOG; and the monitor's own, of which KVM does not know). What is
+    /// being written at this moment is in this or in the next.
+    pub(crate) fn take_writes(&self, pages: &mut PageSet) -> Result<(), Error> {
+        self.ram.take_writes(pages);
+        for (slot, range) in (0..).zip(self.ram.ranges()) {
+            let log = self.fd.get_dirty_log(slot, range.len as usize);
+            let log = log.map_err(Error::kvm("KVM_GET_DIRTY_LOG"))?;
+            pages.add_words(range.file_offset, &log);
+        }
         Ok(())
     }
 

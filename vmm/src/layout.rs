@@ -77,6 +77,13 @@ pub struct RamRange {
     pub file_offset: u64,
 }
 
+impl RamRange {
+    /// Where it lies in the memory file.
+    pub(crate) fn in_file(&self) -> std::ops::Range<u64> {
+        self.file_offset..self.file_offset + self.len
+    }
+}
+
 /// How `bytes` of RAM lie in guest-physical addresses: one range, or two around
 /// the hole.
 pub fn ram_ranges(bytes: u64) -> Result<Vec<RamRange>, ConfigError> {

@@ -4,12 +4,14 @@
 //! Read [`machine`](Event) to know the machine, `vm.rs` for its life,
 //! `vcpu/thread.rs` for a vCPU's.
 //!
-//! `unsafe` is in four files, for calls that the compiler cannot check: `kvm.rs`
+//! `unsafe` is in five files, for calls that the compiler cannot check: `kvm.rs`
 //! (memory slots), `vcpu/state.rs` (XSAVE buffers), `vcpu/kick.rs` (the signal
-//! handler) and `window.rs` (a file mapped over a window).
+//! handler), `window.rs` (a file mapped over a window) and `memory/overlay.rs` (one
+//! mapped over memory).
 
 #![deny(unsafe_code)]
 
+mod capture;
 mod error;
 pub mod floor;
 mod host;
@@ -30,13 +32,14 @@ mod vm;
 mod window;
 mod x86_64;
 
+pub use capture::{CaptureCost, Captured};
 pub use devices::Console;
 pub use devices::virtio::{Rate, RateLimit, RateLimits};
 pub use error::{ConfigError, Error, HostError};
 pub use host::{Cpu, Host, ThreadKind, ThreadStart, VMS_PER_PROCESS};
 pub use layout::{MEMORY_MAX, MEMORY_MIN, RamRange, VCPUS_MAX};
 pub use machine::{Disks, Event, EventSink, Tap};
-pub use memory::{Image, Ram};
+pub use memory::{Image, LAYERS_MAX, Ram, Run};
 pub use moment::Moment;
 pub use payload::Payload;
 pub use prepared::{Birth, Prepared, fork};

@@ -133,6 +133,39 @@ pub(crate) struct Devices {
     pub(crate) net: Arc<Mutex<MmioTransport<Net>>>,
 }
 
+/// A virtio device, and that it is at rest.
+type Still<'d, D> = MutexGuard<'d, MmioTransport<D>>;
+
+/// All devices of one VM, at rest: none writes guest memory or raises an interrupt.
+pub(crate) struct Held<'d> {
+    serial: MutexGuard<'d, Serial>,
+    rng: Still<'d, Rng>,
+    vsock: Still<'d, Vsock>,
+    root: Still<'d, Block>,
+    mounted: Still<'d, Block>,
+    writable: Still<'d, Block>,
+    pmem: Still<'d, Pmem>,
+    volumes: Still<'d, Fs>,
+    net: Still<'d, Net>,
+}
+
+impl Held<'_> {
+    /// Reads all states.
+    pub(crate) fn save(&self) -> DevicesState {
+        DevicesState {
+            serial: self.serial.save(),
+            rng: save(&self.rng),
+            vsock: save(&self.vsock),
+            root: save(&self.root),
+            mounted: save(&self.mounted),
+            writable: save(&self.writable),
+            pmem: save(&self.pmem),
+            volumes: save(&self.volumes),
+            net: save(&self.net),
+        }
+    }
+}
+
 /// A virtio device's state, registers and all.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Virtio<S> {
@@ -264,19 +297,19 @@ impl Devices {
         Ok(())
     }
 
-    /// Reads all states. The vCPUs are stopped; holding a device's lock means
-    /// that it is at rest.
-    pub(crate) fn save(&self) -> DevicesState {
-        DevicesState {
-            serial: lock(&self.serial).save(),
-            rng: save(&self.rng),
-            vsock: save(&self.vsock),
-            root: save(&self.root),
-            mounted: save(&self.mounted),
-            writable: save(&self.writable),
-            pmem: save(&self.pmem),
-            volumes: save(&self.volumes),
-            net: save(&self.net),
+    /// Stops all devices, for as long as what is returned lives: whoever holds a
+    /// device's lock sees it at rest. The vCPUs are stopped before.
+    pub(crate) fn hold(&self) -> Held<'_> {
+        Held {
+            serial: lock(&self.serial),
+            rng: lock(&self.rng),
+            vsock: lock(&self.vsock),
+            root: lock(&self.root),
+            mounted: lock(&self.mounted),
+            writable: lock(&self.writable),
+            pmem: lock(&self.pmem),
+            volumes: lock(&self.volumes),
+            net: lock(&self.net),
         }
     }
 
@@ -373,8 +406,7 @@ fn attach<D: VirtioDevice>(
         .map_err(refused("a virtio device"))
 }
 
-fn save<D: VirtioDevice>(device: &Mutex<MmioTransport<D>>) -> Virtio<D::State> {
-    let device = lock(device);
+fn save<D: VirtioDevice>(device: &MmioTransport<D>) -> Virtio<D::State> {
     Virtio {
         transport: device.save(),
         device: device.device().save(),

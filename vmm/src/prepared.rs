@@ -172,6 +172,14 @@ impl Prepared {
         &self.console
     }
 
+    /// What its first vCPU was restored to.
+    #[cfg(test)]
+    pub(crate) fn first_state(&self) -> crate::vcpu::state::VcpuState {
+        let parts = self.parts.parts.as_ref().expect("it is there");
+        let xsave_size = parts.kvm.xsave_size;
+        state::save(&self.first, &self.host.msrs, None, xsave_size).expect("saved")
+    }
+
     /// Waits until all vCPUs are loaded.
     fn settle(&mut self) -> Result<(), Error> {
         for (id, reply) in (1..).zip(std::mem::take(&mut self.loading)) {

@@ -1,11 +1,12 @@
 //! A virtual machine: booted or restored, paused, saved, ended.
 
+use crate::capture::Trail;
 use crate::error::{ConfigError, Error};
 use crate::host::Host;
 use crate::io::Io;
 use crate::kvm::{KvmVm, KvmVmState};
 use crate::layout::{CMDLINE_MAX, RamRange, VCPUS_MAX};
-use crate::machine::{Devices, DevicesState, Disks, EventSink, VIRTIO_DEVICES, lock};
+use crate::machine::{Devices, DevicesState, Disks, EventSink, Held, VIRTIO_DEVICES, lock};
 use crate::memory::{Image, Ram};
 use crate::moment::Moment;
 use crate::payload::{Payload, linux, micro};
@@ -17,12 +18,12 @@ use crate::vcpu::thread::{Order, Seat};
 use crate::x86_64::boot::{self, Ring};
 use crate::x86_64::{cpuid, msr};
 use devices::Console;
-use kvm_bindings::{CpuId, kvm_msr_entry};
+use kvm_bindings::{CpuId, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_msr_entry, kvm_regs};
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use vm_run_abi::identity;
 
 /// What to boot.
@@ -105,6 +106,7 @@ pub struct Vm {
     parts: Option<Parts>,
     reaper: Arc<Reaper>,
     pagemap: Arc<File>,
+    pub(crate) trail: Mutex<Option<Trail>>,
     console: Console,
     timeline: Timeline,
 }
@@ -123,6 +125,7 @@ impl Vm {
             parts: Some(parts),
             reaper: Arc::clone(&host.reaper),
             pagemap: Arc::clone(&host.pagemap),
+            trail: Mutex::default(),
             console,
             timeline,
         }
@@ -177,7 +180,11 @@ impl Vm {
         Ok(vm)
     }
 
-    fn parts(&self) -> Result<&Parts, Error> {
+    pub(crate) fn pagemap(&self) -> &File {
+        &self.pagemap
+    }
+
+    pub(crate) fn parts(&self) -> Result<&Parts, Error> {
         self.parts.as_ref().ok_or(Error::Phase("gone"))
     }
 
@@ -291,10 +298,10 @@ impl Vm {
     /// # Errors
     /// A VM that is not paused, or what KVM says. The VM is gone in any case.
     pub fn freeze(mut self) -> Result<(Image, VmState), Error> {
-        let state = self.save()?;
         let Some(parts) = self.parts.take() else {
             return Err(Error::Phase("gone"));
         };
+        let state = Self::save(&parts, &parts.devices.hold());
         let Parts {
             vcpus,
             io,
@@ -310,11 +317,13 @@ impl Vm {
         let KvmVm { fd, ram, .. } = kvm;
         drop(fd);
         drop(permit);
+        let state = state?;
         Ok((ram.into_image(&self.pagemap)?, state))
     }
 
-    fn save(&self) -> Result<VmState, Error> {
-        let parts = self.parts()?;
+    /// All of a paused VM but its memory, while its devices are at rest: what they do
+    /// after a vCPU was read, its LAPIC would not know.
+    pub(crate) fn save(parts: &Parts, devices: &Held<'_>) -> Result<VmState, Error> {
         // One TSC for all: each is read a little later than the one before, and
         // the last and highest is one that no vCPU has yet seen in its past.
         let mut tsc = None;
@@ -332,7 +341,7 @@ impl Vm {
         Ok(VmState {
             vcpus,
             vm: parts.kvm.save()?,
-            devices: parts.devices.save(),
+            devices: devices.save(),
         })
     }
 }
@@ -380,7 +389,7 @@ fn check_config(config: &VmConfig) -> Result<(), ConfigError> {
 }
 
 /// Gives a fresh vCPU what it has when its machine is switched on. All but the
-/// first wait for the guest to start them.
+/// first wait for the guest to start them, unless its program begins everywhere.
 fn set_up_vcpu(
     host: &Host,
     vcpu: &VcpuFd,
@@ -393,9 +402,10 @@ fn set_up_vcpu(
     vcpu.set_cpuid2(&cpuid)
         .map_err(Error::kvm("KVM_SET_CPUID2"))?;
     let mut msrs = msr::at_boot().to_vec();
-    let mut ring = Ring::Kernel;
+    let (mut ring, mut begins) = (Ring::Kernel, id == 0);
     if let Payload::Micro(program) = config.payload {
         ring = Ring::User;
+        begins |= program.everywhere;
         msrs.extend(program.msrs.iter().map(|&(index, data)| kvm_msr_entry {
             index,
             data,
@@ -403,11 +413,17 @@ fn set_up_vcpu(
         }));
     }
     state::Calls::msrs(vcpu, &state::msrs_of(&msrs)?)?;
-    if id == 0 {
+    if begins {
         let mut sregs = vcpu.get_sregs().map_err(Error::kvm("KVM_GET_SREGS"))?;
         boot::set_long_mode(&mut sregs, ring);
         state::Calls::sregs(vcpu, &sregs)?;
-        state::Calls::regs(vcpu, &boot::registers(entry))?;
+        let regs = kvm_regs {
+            rdi: id.into(),
+            ..boot::registers(entry)
+        };
+        state::Calls::regs(vcpu, &regs)?;
+        let mp_state = KVM_MP_STATE_RUNNABLE;
+        state::Calls::mp_state(vcpu, kvm_mp_state { mp_state })?;
     }
     Ok(())
 }

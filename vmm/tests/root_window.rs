@@ -16,6 +16,7 @@ use vmm::{
 #[rustfmt::skip]
 static LOOK: Program = Program {
     msrs: &[],
+    everywhere: false,
     code: &[
         // The fifth GiB's first 2 MiB, by the next entry of the monitor's own table
         // of directories and a directory in free memory.

@@ -5,6 +5,7 @@
 //! [`main`]. [`Workers`] is the spawner as its owner sees it.
 
 pub(crate) mod packet;
+mod picture;
 mod process;
 mod protocol;
 mod remote;
@@ -14,9 +15,9 @@ mod spawner;
 pub use crate::jail::Limits;
 #[doc(hidden)]
 pub use crate::jail::{Thread, confine};
+pub(crate) use picture::write_record;
 #[doc(hidden)]
 pub use process::main_with;
 pub use process::{find_program, main};
 pub(crate) use remote::Remote;
-pub(crate) use serve::write_state;
 pub use spawner::{Counts, Jail, Workers, WorkersSpec};

@@ -19,7 +19,7 @@ use std::mem::MaybeUninit;
 const PACKET_MAX: usize = 16 << 10;
 
 /// The most descriptors that come with one packet.
-const DESCRIPTORS_MAX: usize = 5;
+const DESCRIPTORS_MAX: usize = 2 + vmm::LAYERS_MAX;
 
 /// Two ends of a new connection.
 pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {

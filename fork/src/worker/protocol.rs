@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   owner                        worker
-//!   Prepare  base, state   -->   makes a VM, waits
+//!   Prepare  a picture     -->   makes a VM, waits
 //!                          <--   Prepared
 //!   Start    disks         -->   identity, clocks, run
 //!                          <--   Started
@@ -21,7 +21,7 @@ use vmm::{Moment, RateLimits, Timeline};
 /// From the owner.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum ToWorker {
-    /// Make a VM. With it: the base, and the state in postcard.
+    /// Make a VM. With it: the files of a picture (`picture.rs`).
     Prepare {
         /// Guest memory, in bytes.
         memory: u64,
@@ -73,7 +73,7 @@ pub(crate) enum FromWorker {
     /// With it: the stream.
     Connected,
     LastWords(Vec<String>),
-    /// With it: the memory, and the state in postcard.
+    /// With it: the memory, and the record of the rest.
     Frozen {
         /// Guest memory, in bytes.
         memory: u64,

@@ -1,8 +1,8 @@
 //! A worker, seen by its owner.
 
 use super::packet;
+use super::picture::{self, read_record};
 use super::protocol::{FromWorker, ToWorker};
-use super::serve::read_state;
 use super::spawner::Workers;
 use crate::error::Error;
 use crate::machine::News;
@@ -65,12 +65,10 @@ impl Remote {
 
     /// Asks it to make a VM of the template.
     pub(crate) fn prepare(&self, template: &Template) -> Result<(), Error> {
-        let (image, state) = (template.image(), template.state_file()?);
+        let (image, record) = (template.image(), template.record()?);
         let memory = image.bytes();
-        self.ask(
-            &ToWorker::Prepare { memory },
-            &[image.file().as_fd(), state.as_fd()],
-        )
+        let files = picture::files(image, record);
+        self.ask(&ToWorker::Prepare { memory }, &files)
     }
 
     /// Waits until it has.
@@ -196,7 +194,8 @@ impl Remote {
             return Err(odd(&FromWorker::Frozen { memory }));
         };
         let image = Image::sealed(image, memory)?;
-        let state = read_state(state).map_err(|e| Error::WorkerGone(e.to_string()))?;
+        let record = read_record(&state).map_err(|e| Error::WorkerGone(e.to_string()));
+        let (state, _) = record?;
         state.check()?;
         Ok((image, state))
     }

@@ -1,19 +1,15 @@
 //! What a worker does: it makes one VM ready, makes it a child, runs it, ends.
 
 use super::packet;
+use super::picture::{self, write_record};
 use super::protocol::{FromWorker, ToWorker};
 use crate::machine::{CONSOLE_LINES, News, last_words};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
+use std::io;
 use std::sync::Arc;
 use vm_run_abi::identity;
-use vmm::{Birth, Disks, EventSink, Host, Image, Prepared, Tap, Vm, VmState};
-
-/// The longest state, in bytes: some ten kilobytes for each vCPU.
-pub(crate) const STATE_MAX: u64 = 16 << 20;
+use vmm::{Birth, Disks, EventSink, Host, Prepared, Tap, Vm};
 
 /// Serves its owner until that is gone.
 pub(crate) fn run(host: Host, socket: OwnedFd) -> io::Result<()> {
@@ -55,12 +51,12 @@ impl Worker {
         let mut with = with.into_iter().map(File::from);
         match request {
             ToWorker::Prepare { memory } => {
-                let (Life::Blank, Some(image), Some(state)) =
-                    (self.take_life(), with.next(), with.next())
-                else {
+                let Life::Blank = self.take_life() else {
                     return Err(out_of_turn());
                 };
-                let prepared = prepare(&self.host, image, memory, state)?;
+                let (image, state) = picture::read(memory, with)?;
+                let prepared = Prepared::new(&self.host, &image, &Arc::new(state));
+                let prepared = prepared.map_err(|e| e.to_string())?;
                 self.life = Life::Prepared(Box::new(prepared));
                 Ok((FromWorker::Prepared, Vec::new()))
             }
@@ -173,53 +169,13 @@ impl Worker {
     }
 }
 
-fn prepare(host: &Arc<Host>, image: File, memory: u64, state: File) -> Result<Prepared, String> {
-    let image = Image::from_file(image, memory).map_err(|e| e.to_string())?;
-    let state = read_state(state).map_err(|e| format!("the state cannot be read: {e}"))?;
-    Prepared::new(host, &image, &Arc::new(state)).map_err(|e| e.to_string())
-}
-
-/// Reads a state from a file that [`write_state`] has made, maybe in another process.
-pub(crate) fn read_state(file: File) -> io::Result<VmState> {
-    postcard::from_bytes(&contents(&file)?).map_err(|_| io::ErrorKind::InvalidData.into())
-}
-
-/// Writes a state to a file of its own.
-pub(crate) fn write_state(state: &VmState) -> io::Result<File> {
-    sealed(&postcard::to_stdvec(state).map_err(io::Error::other)?)
-}
-
-/// A file in memory that nobody can change: all workers of a template get one and the
-/// same, and none is to choose what the others restore.
-fn sealed(bytes: &[u8]) -> io::Result<File> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let mut file = File::from(memfd_create("vm-run-state", flags)?);
-    file.write_all(bytes)?;
-    let all = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-    fcntl_add_seals(&file, all)?;
-    Ok(file)
-}
-
-/// Reads by offsets: the position in the file is one for all who have it, and several
-/// workers may read at once.
-fn contents(file: &File) -> io::Result<Vec<u8>> {
-    let len = file.metadata()?.len();
-    if len > STATE_MAX {
-        return Err(io::ErrorKind::FileTooLarge.into());
-    }
-    // No longer than STATE_MAX.
-    let mut bytes = vec![0; len as usize];
-    file.read_exact_at(&mut bytes, 0)?;
-    Ok(bytes)
-}
-
 fn freeze(vm: Vm) -> Result<Answer, String> {
     vm.pause().map_err(|e| e.to_string())?;
     let (image, state) = vm.freeze().map_err(|e| e.to_string())?;
     let memory = image.bytes();
     let failed = |e: io::Error| format!("a frozen guest cannot be handed over: {e}");
-    let file = image.file().try_clone().map_err(failed)?;
-    let state = write_state(&state).map_err(failed)?;
+    let file = image.base().try_clone().map_err(failed)?;
+    let state = write_record(&state, &image).map_err(failed)?;
     Ok((
         FromWorker::Frozen { memory },
         vec![file.into(), state.into()],
@@ -228,29 +184,4 @@ fn freeze(vm: Vm) -> Result<Answer, String> {
 
 fn out_of_turn() -> String {
     "the worker was asked out of turn".into()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_state_is_the_same_for_all_who_share_its_file() {
-        let file = sealed(b"state").expect("a file");
-        let shared = file.try_clone().expect("cloned");
-        assert_eq!(contents(&file).expect("reads"), b"state");
-        assert_eq!(contents(&shared).expect("reads"), b"state");
-        for change in [shared.write_at(b"x", 0).map(drop), shared.set_len(0)] {
-            let error = change.expect_err("sealed");
-            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
-        }
-    }
-
-    #[test]
-    fn a_file_that_is_no_state_is_not_read() {
-        let long = File::from(memfd_create("long", MemfdFlags::CLOEXEC).expect("a file"));
-        long.set_len(STATE_MAX + 1).expect("sized");
-        assert!(contents(&long).is_err());
-        assert!(read_state(sealed(b"").expect("a file")).is_err());
-    }
 }

@@ -7,12 +7,18 @@
 //!   fork:    Ram::private(&image)      MAP_PRIVATE: reads share, writes copy
 //!   freeze of a child: Ram::into_image()  the image's bytes and the child's own
 //!                                         pages copied to a new memfd, sealed
+//!   fork of a child that runs: capture.rs  its own pages copied to a layer over its image
 //! ```
-//!
-//! An [`Image`] never changes: a sealed memfd cannot be written through any
-//! descriptor or mapping, ever (memfd_create(2), F_SEAL_WRITE). An image from
-//! disk is opened read-only; whoever can write the template's file owns the
-//! template.
+
+mod image;
+#[allow(unsafe_code)]
+mod overlay;
+mod pages;
+
+pub(crate) use image::Layer;
+pub use image::{Image, LAYERS_MAX};
+pub(crate) use pages::PageSet;
+pub use pages::Run;
 
 use crate::error::Error;
 use crate::layout::{RamRange, ram_ranges};
@@ -23,66 +29,29 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
 use vm_run_abi::PAGE_SIZE;
-
-/// An immutable picture of guest memory, shared by all children of a template.
-#[derive(Debug, Clone)]
-pub struct Image {
-    file: Arc<File>,
-    bytes: u64,
-}
-
-impl Image {
-    /// Takes a memory file from disk, opened read-only.
-    ///
-    /// # Errors
-    /// If its length is not `bytes`.
-    pub fn from_file(file: File, bytes: u64) -> Result<Self, Error> {
-        ram_ranges(bytes)?;
-        let len = file.metadata().map_err(Error::memory("fstat"))?.len();
-        if len != bytes {
-            return Err(Error::State(format!(
-                "the memory file holds {len} bytes and not {bytes}"
-            )));
-        }
-        Ok(Self {
-            file: Arc::new(file),
-            bytes,
-        })
-    }
-
-    /// Takes a memory file from another process, and seals it.
-    ///
-    /// # Errors
-    /// A length that is not `bytes`, or a file that somebody may still write.
-    pub fn sealed(file: File, bytes: u64) -> Result<Self, Error> {
-        seal(&file)?;
-        Self::from_file(file, bytes)
-    }
-
-    /// The file. Reading it at `RamRange::file_offset` gives that range.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// The guest's memory in bytes.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-}
 
 /// The memory of one VM, mapped.
 #[derive(Debug)]
 pub struct Ram {
     memory: GuestMemory,
     ranges: Vec<RamRange>,
-    file: Arc<File>,
     bytes: u64,
-    private: bool,
+    over: Over,
+}
+
+/// What a VM's memory is mapped over.
+#[derive(Debug)]
+enum Over {
+    /// A file of its own, which it writes.
+    Shared(Arc<File>),
+    /// What it shares with others; its own pages are nobody's file.
+    Private(Image),
 }
 
 impl Ram {
@@ -92,8 +61,14 @@ impl Ram {
     /// A size that no guest can have, or what the kernel says.
     pub fn shared(bytes: u64) -> Result<Self, Error> {
         let ranges = ram_ranges(bytes)?;
-        let file = memory_file(bytes)?;
-        Self::map(Arc::new(file), bytes, ranges, libc::MAP_SHARED)
+        let file = Arc::new(memory_file(bytes)?);
+        let memory = map(&file, &ranges, libc::MAP_SHARED)?;
+        Ok(Self {
+            memory,
+            ranges,
+            bytes,
+            over: Over::Shared(file),
+        })
     }
 
     /// A child's memory: the image, copied page by page as the child writes.
@@ -101,38 +76,33 @@ impl Ram {
     /// # Errors
     /// What mmap says.
     pub fn private(image: &Image) -> Result<Self, Error> {
-        let ranges = ram_ranges(image.bytes)?;
-        let file = Arc::clone(&image.file);
-        Self::map(file, image.bytes, ranges, libc::MAP_PRIVATE)
-    }
-
-    fn map(file: Arc<File>, bytes: u64, ranges: Vec<RamRange>, how: i32) -> Result<Self, Error> {
-        let other = |source: io::Error| Error::Memory {
-            what: "mmap",
-            source,
-        };
-        let regions = ranges
-            .iter()
-            .map(|range| {
-                let region = MmapRegion::build(
-                    Some(FileOffset::from_arc(Arc::clone(&file), range.file_offset)),
-                    range.len as usize,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    how | libc::MAP_NORESERVE,
-                )
-                .map_err(|e| other(io::Error::other(e)))?;
-                GuestRegionMmap::new(region, GuestAddress(range.gpa))
-                    .ok_or_else(|| other(io::ErrorKind::InvalidInput.into()))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let memory = GuestMemory::from_regions(regions).map_err(|e| other(io::Error::other(e)))?;
-        Ok(Self {
+        let ranges = ram_ranges(image.bytes())?;
+        let memory = map(image.shared_base(), &ranges, libc::MAP_PRIVATE)?;
+        let this = Self {
             memory,
             ranges,
-            file,
-            bytes,
-            private: how == libc::MAP_PRIVATE,
-        })
+            bytes: image.bytes(),
+            over: Over::Private(image.clone()),
+        };
+        for layer in image.all_layers() {
+            this.lay(layer)?;
+        }
+        Ok(this)
+    }
+
+    /// Maps the pages of a layer over what is there.
+    fn lay(&self, layer: &Layer) -> Result<(), Error> {
+        for run in layer.pages.runs() {
+            for range in &self.ranges {
+                let (bytes, all) = (run.bytes(), range.in_file());
+                let part = bytes.start.max(all.start)..bytes.end.min(all.end);
+                if !part.is_empty() {
+                    let gpa = GuestAddress(range.gpa + part.start - all.start);
+                    overlay::map(&self.memory, gpa, &layer.file, part)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Makes an image of it. The guest and its devices must be gone.
@@ -146,42 +116,100 @@ impl Ram {
     /// # Errors
     /// A mapping that is left, or what the kernel says.
     pub(crate) fn into_image(self, pagemap: &File) -> Result<Image, Error> {
-        let file = if self.private {
-            let copy = memory_file(self.bytes)?;
-            copy_data(&self.file, &copy, self.bytes).map_err(Error::memory("copy"))?;
-            self.copy_own_pages(pagemap, &copy)
-                .map_err(Error::memory("copy of a child's pages"))?;
-            Arc::new(copy)
-        } else {
-            self.file
-        };
-        drop(self.memory);
-        seal(&file)?;
-        Ok(Image {
-            file,
-            bytes: self.bytes,
-        })
+        match self.over {
+            Over::Shared(file) => {
+                drop(self.memory);
+                seal(&file)?;
+                Ok(Image::flat(file, self.bytes))
+            }
+            Over::Private(ref image) => {
+                let pages = self.own_pages(pagemap)?;
+                let layer = memory_file(self.bytes)?;
+                self.copy_pages(&pages, &layer)?;
+                let file = Arc::new(layer);
+                image.under(Layer { file, pages }).flatten()
+            }
+        }
     }
 
-    fn copy_own_pages(&self, pagemap: &File, to: &File) -> io::Result<()> {
+    /// What it shares with others; `None` of memory that a booted guest has for itself.
+    pub(crate) fn image(&self) -> Option<&Image> {
+        match &self.over {
+            Over::Shared(_) => None,
+            Over::Private(image) => Some(image),
+        }
+    }
+
+    /// The pages that `pagemap` (an open `/proc/self/pagemap`) shows as its own: written
+    /// since it was mapped.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn own_pages(&self, pagemap: &File) -> Result<PageSet, Error> {
+        let mut pages = PageSet::none_of(self.bytes);
+        let failed = Error::memory::<io::Error>("read of the page map");
+        self.look_for_own(pagemap, &mut pages).map_err(failed)?;
+        Ok(pages)
+    }
+
+    fn look_for_own(&self, pagemap: &File, pages: &mut PageSet) -> io::Result<()> {
+        let mut entries = [0; 8 * 4096];
         for (range, (_, hva, _)) in self.ranges.iter().zip(self.slots()) {
-            let mut entries = vec![0; (range.len / PAGE_SIZE * 8) as usize];
-            pagemap.read_exact_at(&mut entries, hva / PAGE_SIZE * 8)?;
-            let own = |at: &usize| {
-                let mut word = [0; 8];
-                word.copy_from_slice(&entries[at * 8..at * 8 + 8]);
-                is_own(u64::from_le_bytes(word))
-            };
-            let mut page = [0; PAGE_SIZE as usize];
-            for at in (0..(range.len / PAGE_SIZE) as usize).filter(own) {
-                let offset = at as u64 * PAGE_SIZE;
-                self.memory
-                    .read_slice(&mut page, GuestAddress(range.gpa + offset))
-                    .map_err(io::Error::other)?;
-                to.write_all_at(&page, range.file_offset + offset)?;
+            let count = range.len / PAGE_SIZE;
+            for at in (0..count).step_by(entries.len() / 8) {
+                let part = (count - at).min(entries.len() as u64 / 8) as usize;
+                let part = &mut entries[..part * 8];
+                pagemap.read_exact_at(part, (hva / PAGE_SIZE + at) * 8)?;
+                let (words, _) = part.as_chunks::<8>();
+                for (number, word) in (at..).zip(words) {
+                    if is_own(u64::from_le_bytes(*word)) {
+                        let first = range.file_offset / PAGE_SIZE + number;
+                        pages.insert(Run { first, count: 1 });
+                    }
+                }
             }
         }
         Ok(())
+    }
+
+    /// Copies pages to the places that they have in the memory file. The guest may write
+    /// them meanwhile.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn copy_pages(&self, pages: &PageSet, to: &File) -> Result<(), Error> {
+        for run in pages.runs() {
+            for range in &self.ranges {
+                let (bytes, all) = (run.bytes(), range.in_file());
+                let part = bytes.start.max(all.start)..bytes.end.min(all.end);
+                if part.is_empty() {
+                    continue;
+                }
+                let gpa = range.gpa + part.start - all.start;
+                let mut file = to;
+                file.seek(io::SeekFrom::Start(part.start))
+                    .map_err(Error::memory("lseek"))?;
+                let count = (part.end - part.start) as usize;
+                self.memory
+                    .write_all_volatile_to(GuestAddress(gpa), &mut file, count)
+                    .map_err(|source| Error::GuestMemory { gpa, source })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Logs, from now on, what this process writes of it.
+    pub(crate) fn log_writes(&self) {
+        for region in self.memory.iter() {
+            MmapRegion::bitmap(region).begin();
+        }
+    }
+
+    /// What this process has written since it was last asked.
+    pub(crate) fn take_writes(&self, pages: &mut PageSet) {
+        for (range, region) in self.ranges.iter().zip(self.memory.iter()) {
+            pages.add_words(range.file_offset, &MmapRegion::bitmap(region).take());
+        }
     }
 
     /// The guest's memory in bytes.
@@ -233,7 +261,31 @@ pub(crate) fn write(memory: &GuestMemory, gpa: u64, data: &[u8]) -> Result<(), E
         .map_err(|source| Error::GuestMemory { gpa, source })
 }
 
-fn memory_file(bytes: u64) -> Result<File, Error> {
+/// Maps a file as guest memory.
+fn map(file: &Arc<File>, ranges: &[RamRange], how: i32) -> Result<GuestMemory, Error> {
+    let other = |source: io::Error| Error::Memory {
+        what: "mmap",
+        source,
+    };
+    let regions = ranges
+        .iter()
+        .map(|range| {
+            let region = MmapRegion::build(
+                Some(FileOffset::from_arc(Arc::clone(file), range.file_offset)),
+                range.len as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                how | libc::MAP_NORESERVE,
+            )
+            .map_err(|e| other(io::Error::other(e)))?;
+            GuestRegionMmap::new(region, GuestAddress(range.gpa))
+                .ok_or_else(|| other(io::ErrorKind::InvalidInput.into()))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    GuestMemory::from_regions(regions).map_err(|e| other(io::Error::other(e)))
+}
+
+/// A file for so many bytes of memory, all of them holes.
+pub(crate) fn memory_file(bytes: u64) -> Result<File, Error> {
     let fd = memfd_create(
         "vm-run-guest",
         MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
@@ -243,9 +295,22 @@ fn memory_file(bytes: u64) -> Result<File, Error> {
     Ok(File::from(fd))
 }
 
-/// To be called on a file that is sealed already, too.
+/// Seals a file that somebody may have mapped: the kernel refuses while a writable shared
+/// mapping is left. To be called on a file that is sealed already, too.
 fn seal(file: &File) -> Result<(), Error> {
-    let all = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    add_seals(file, SealFlags::WRITE)
+}
+
+/// Seals a file that nobody has ever mapped to write it: nobody can from now on, nor write
+/// it in any other way. F_SEAL_WRITE would have to be sure of that, and wait until no page
+/// is on a list of another CPU's (linux mm/memfd.c, memfd_wait_for_pins): milliseconds,
+/// and EBUSY now and then.
+pub(crate) fn seal_unmapped(file: &File) -> Result<(), Error> {
+    add_seals(file, SealFlags::FUTURE_WRITE)
+}
+
+fn add_seals(file: &File, writes: SealFlags) -> Result<(), Error> {
+    let all = writes | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
     if fcntl_get_seals(file).map_err(Error::memory("F_GET_SEALS"))? == all {
         return Ok(());
     }
@@ -254,7 +319,6 @@ fn seal(file: &File) -> Result<(), Error> {
 
 /// Copies what of `from` is no hole.
 fn copy_data(from: &File, to: &File, bytes: u64) -> io::Result<()> {
-    let mut buffer = vec![0; 1 << 20];
     let mut at = 0;
     loop {
         at = match seek(from, SeekFrom::Data(at)) {
@@ -263,13 +327,20 @@ fn copy_data(from: &File, to: &File, bytes: u64) -> io::Result<()> {
             Err(e) => return Err(e.into()),
         };
         let end = seek(from, SeekFrom::Hole(at))?.min(bytes);
-        while at < end {
-            let part = &mut buffer[..((end - at) as usize).min(1 << 20)];
-            from.read_exact_at(part, at)?;
-            to.write_all_at(part, at)?;
-            at += part.len() as u64;
-        }
+        copy_range(from, to, at..end)?;
+        at = end;
     }
+}
+
+/// Copies all of a range.
+fn copy_range(from: &File, to: &File, range: Range<u64>) -> io::Result<()> {
+    let mut buffer = vec![0; (range.end - range.start).min(1 << 20) as usize];
+    for at in range.clone().step_by(buffer.len().max(1)) {
+        let part = &mut buffer[..(range.end - at).min(1 << 20) as usize];
+        from.read_exact_at(part, at)?;
+        to.write_all_at(part, at)?;
+    }
+    Ok(())
 }
 
 /// Whether an entry of the page map is a page of the process's own: present or
@@ -311,7 +382,7 @@ mod tests {
         drop(a);
         let mut byte = [0];
         image
-            .file()
+            .base()
             .read_exact_at(&mut byte, 5 * MIB)
             .expect("read");
         assert_eq!(byte, *b"p");
@@ -335,7 +406,7 @@ mod tests {
         assert_eq!(read(&grandchild, 6 * MIB + 5), b't');
         assert_eq!(read(&grandchild, 40 * MIB), b'w');
         assert_eq!(read(&Ram::private(&image).expect("map"), 6 * MIB), b'p');
-        assert!(second.file().write_at(b"x", 0).is_err(), "sealed");
+        assert!(second.base().write_at(b"x", 0).is_err(), "sealed");
     }
 
     #[test]
@@ -344,9 +415,9 @@ mod tests {
             .expect("memory")
             .into_image(&pagemap())
             .expect("sealed");
-        let error = image.file().write_at(b"x", 0).expect_err("sealed");
+        let error = image.base().write_at(b"x", 0).expect_err("sealed");
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
-        let error = image.file().set_len(0).expect_err("sealed");
+        let error = image.base().set_len(0).expect_err("sealed");
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
     }
 
@@ -372,7 +443,7 @@ mod tests {
         let image = ram.into_image(&pagemap()).expect("sealed");
         let mut byte = [0];
         image
-            .file()
+            .base()
             .read_exact_at(&mut byte, 3 << 30)
             .expect("read");
         assert_eq!(byte, *b"h");

@@ -21,6 +21,9 @@ pub struct Program {
     pub code: &'static [u8],
     /// MSRs to set before it runs: (index, value).
     pub msrs: &'static [(u32, u64)],
+    /// Whether all vCPUs begin in it, each with its number in RDI; else the first does,
+    /// and the others wait to be started.
+    pub everywhere: bool,
 }
 
 const REGISTER: u64 = 0x1111_1111_1111_1111;
@@ -33,6 +36,7 @@ const MEMORY: u64 = 0x3333_3333_3333_3333;
 #[rustfmt::skip]
 pub static FORK_BENCH: Program = Program {
     msrs: &[],
+    everywhere: false,
     code: &[
         0x48, 0xbb, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, // movabs rbx, REGISTER
         0x48, 0xb8, 0x22, 0x22, 0x22, 0x22, 0x22, 0x22, 0x22, 0x22, // movabs rax, XMM
@@ -89,6 +93,7 @@ pub static SYSCALL_PROBE: Program = Program {
         (LSTAR, HANDLER),
         (SYSCALL_MASK, 0),
     ],
+    everywhere: false,
     code: &[
         0xbf, 0x00, 0x00, 0x00, 0xd0,                   // mov edi, doorbell::GPA
         0x0f, 0x05,                                     // syscall

@@ -1,0 +1,227 @@
+use super::*;
+use crate::machine::{Disks, Event, EventSink};
+use crate::payload::Payload;
+use crate::payload::micro::Program;
+use crate::prepared::{Birth, Prepared};
+use crate::vm::VmConfig;
+use crate::{Console, Host};
+use std::sync::mpsc;
+use std::time::Duration;
+use vm_run_abi::{PAGE_SIZE, VERSION, doorbell, identity};
+
+/// All vCPUs at once, in a child: write to random places of a mebibyte, keep their last
+/// number in XMM3 and their count at [`COUNTS`], and at each 64th write read a device's
+/// register (which must be right), say a byte, and send an interrupt to all others, who
+/// keep it pending.
+#[rustfmt::skip]
+static STRESS: Program = Program {
+    msrs: &[],
+    everywhere: true,
+    code: &[
+        0x49, 0x89, 0xff,                               // mov r15, rdi
+        0xb9, 0xf0, 0x00, 0xe0, 0xfe,                   // mov ecx, 0xfee000f0
+        0xc7, 0x01, 0xff, 0x01, 0x00, 0x00,             // mov dword [rcx], 0x1ff
+        0xbf, 0x00, 0x00, 0x00, 0xd0,                   // mov edi, 0xd0000000
+        0xbe, 0x08, 0xe0, 0x09, 0x00,                   // mov esi, 0x9e008
+        0x4d, 0x85, 0xff,                               // test r15, r15
+        0x75, 0x10,                                     // jne wait
+        0xb8, VERSION as u8, 0x00, 0x00, 0x00,          // parent: mov eax, VERSION
+        0x48, 0x89, 0x07,                               // mov [rdi], rax
+        0x48, 0x83, 0x3e, 0x00,                         // cmp [rsi], 0x0
+        0x74, 0xf2,                                     // je parent
+        0xeb, 0x08,                                     // jmp child
+        0xf3, 0x90,                                     // wait: pause
+        0x48, 0x83, 0x3e, 0x00,                         // cmp [rsi], 0x0
+        0x74, 0xf8,                                     // je wait
+        0x4d, 0x8d, 0x87, 0xed, 0x5e, 0x00, 0x00,       // child: lea r8, [r15+0x5eed]
+        0xbb, 0x00, 0x00, 0x00, 0x01,                   // mov ebx, 0x1000000
+        0x4c, 0x89, 0xc0,                               // again: mov rax, r8
+        0x48, 0xc1, 0xe0, 0x0d,                         // shl rax, 0xd
+        0x49, 0x31, 0xc0,                               // xor r8, rax
+        0x4c, 0x89, 0xc0,                               // mov rax, r8
+        0x48, 0xc1, 0xe8, 0x07,                         // shr rax, 0x7
+        0x49, 0x31, 0xc0,                               // xor r8, rax
+        0x4c, 0x89, 0xc0,                               // mov rax, r8
+        0x48, 0xc1, 0xe0, 0x11,                         // shl rax, 0x11
+        0x49, 0x31, 0xc0,                               // xor r8, rax
+        0x44, 0x89, 0xc0,                               // mov eax, r8d
+        0x25, 0xf8, 0xff, 0x0f, 0x00,                   // and eax, 0xffff8
+        0x4c, 0x89, 0x04, 0x03,                         // mov [rbx+rax*1], r8
+        0x49, 0xff, 0xc1,                               // inc r9
+        0x4e, 0x89, 0x0c, 0xfd, 0x00, 0x10, 0x01, 0x00, // mov [r15*8+0x11000], r9
+        0x66, 0x49, 0x0f, 0x6e, 0xd8,                   // movq xmm3, r8
+        0x41, 0xf6, 0xc1, 0x3f,                         // test r9b, 0x3f
+        0x75, 0xc0,                                     // jne again
+        0xb9, 0x00, 0x10, 0x00, 0xd0,                   // mov ecx, 0xd0001000
+        0x8b, 0x01,                                     // mov eax, dword [rcx]
+        0x3d, 0x76, 0x69, 0x72, 0x74,                   // cmp eax, 0x74726976
+        0x75, 0x1e,                                     // jne wrong
+        0x44, 0x89, 0xc0,                               // mov eax, r8d
+        0x48, 0x89, 0x47, 0x18,                         // mov [rdi+0x18], rax
+        0xb9, 0x00, 0x03, 0xe0, 0xfe,                   // mov ecx, 0xfee00300
+        0x44, 0x89, 0xc8,                               // mov eax, r9d
+        0xc1, 0xe8, 0x06,                               // shr eax, 0x6
+        0x83, 0xe0, 0x7f,                               // and eax, 0x7f
+        0x05, 0x40, 0x00, 0x0c, 0x00,                   // add eax, 0xc0040
+        0x89, 0x01,                                     // mov dword [rcx], eax
+        0xeb, 0x94,                                     // jmp again
+        0x0f, 0x0b,                                     // wrong: ud2
+    ],
+};
+
+const COUNTS: u64 = 0x1_1000;
+
+// The code above holds these as numbers.
+const _: () = assert!(
+    doorbell::GPA == 0xd000_0000
+        && crate::layout::VIRTIO_MMIO == 0xd000_1000
+        && crate::layout::LAPIC == 0xfee0_0000
+        && identity::GPA == 0x9_e000
+        && VERSION < 256
+        && doorbell::MESSAGE == 0x18
+);
+
+const MEMORY: u64 = 64 << 20;
+const GENERATION: u64 = 77;
+
+fn sink() -> (EventSink, mpsc::Receiver<Event>) {
+    let (sender, events) = mpsc::channel();
+    (Arc::new(move |event| drop(sender.send(event))), events)
+}
+
+fn parent(host: &Host, vcpus: u8) -> (Image, Arc<VmState>) {
+    let (sink, events) = sink();
+    let config = VmConfig {
+        memory: MEMORY,
+        vcpus,
+        payload: Payload::Micro(&STRESS),
+    };
+    let vm = Vm::boot(host, &config, Disks::default(), &sink).expect("boots");
+    let event = events.recv_timeout(Duration::from_secs(60));
+    assert!(matches!(event, Ok(Event::ForkPoint { .. })), "{event:?}");
+    vm.pause().expect("stops");
+    let (image, state) = vm.freeze().expect("freezes");
+    (image, Arc::new(state))
+}
+
+fn birth(events: EventSink) -> Birth {
+    Birth {
+        disks: Disks::default(),
+        volumes: None,
+        tap: None,
+        map_root: false,
+        patches: vec![(identity::GPA + 8, GENERATION.to_le_bytes().to_vec())],
+        events,
+        hold: false,
+    }
+}
+
+/// A child that runs, and what it says: nothing, if all is right.
+fn child(host: &Arc<Host>, image: &Image, state: &Arc<VmState>) -> (Vm, mpsc::Receiver<Event>) {
+    let (sink, events) = sink();
+    let (console, now) = (Console::new(), Moment::now());
+    let vm = crate::prepared::fork(host, image, state, console, now, birth(sink)).expect("forks");
+    (vm, events)
+}
+
+fn count(ram: &Ram, vcpu: usize) -> u64 {
+    let mut word = [0; 8];
+    ram.read(COUNTS + vcpu as u64 * 8, &mut word).expect("RAM");
+    u64::from_le_bytes(word)
+}
+
+/// All pages that a memory has of its own, copied: what it is, told by nobody's log.
+fn copy_all(ram: &Ram, pagemap: &File) -> Vec<(u64, Vec<u8>)> {
+    let own = ram.own_pages(pagemap).expect("the page map");
+    let read = |run: crate::Run| {
+        let mut bytes = vec![0; (run.count * PAGE_SIZE) as usize];
+        ram.read(run.bytes().start, &mut bytes).expect("RAM");
+        (run.bytes().start, bytes)
+    };
+    own.runs().map(read).collect()
+}
+
+/// Waits until all vCPUs write.
+fn await_writes(ram: &Ram, vcpus: u8) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    let begun: Vec<u64> = (0..vcpus).map(|vcpu| count(ram, vcpu.into())).collect();
+    while (0..vcpus).any(|vcpu| count(ram, vcpu.into()) == begun[usize::from(vcpu)]) {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "a vCPU does not write"
+        );
+        std::thread::yield_now();
+    }
+}
+
+/// What a child would restore is what was saved.
+fn assert_restored(host: &Arc<Host>, captured: &Captured) {
+    let state = Arc::new(captured.state.clone());
+    let prepared = Prepared::new(host, &captured.image, &state).expect("made");
+    let (restored, saved) = (prepared.first_state(), &state.vcpus[0]);
+    assert_eq!(restored.regs, saved.regs);
+    assert_eq!(restored.lapic.regs, saved.lapic.regs);
+    assert_eq!(restored.events, saved.events);
+}
+
+/// How many forks; `cargo xtask soak` asks for a hundred thousand.
+fn forks() -> u32 {
+    let asked = std::env::var("VM_RUN_TEST_CAPTURES").ok();
+    asked.map_or(300, |n| {
+        n.parse().expect("VM_RUN_TEST_CAPTURES is a number")
+    })
+}
+
+/// Of each instant, three pictures: by the logs; by a copy of everything that was written,
+/// made while the source was stopped; and what a child maps.
+fn is_its_source(vcpus: u8) {
+    let host = Arc::new(Host::open().expect("KVM"));
+    let (image, state) = parent(&host, vcpus);
+    let (source, events) = child(&host, &image, &state);
+    let ram = &source.parts().expect("it runs").kvm.ram;
+    let (mut rounds, mut stopped) = (0, 0);
+    for fork in 0..forks() {
+        await_writes(ram, vcpus);
+        let mut oracle = Vec::new();
+        let watch = |ram: &Ram| oracle = copy_all(ram, &host.pagemap);
+        let captured = source.capture_watched(|| true, watch).expect("captured");
+        rounds += captured.cost.rounds;
+        stopped += captured.cost.copied_stopped;
+        let child = Ram::private(&captured.image).expect("mapped");
+        let mut seen = Vec::new();
+        for (at, bytes) in &oracle {
+            seen.resize(bytes.len(), 0);
+            child.read(*at, &mut seen).expect("RAM");
+            assert!(seen == *bytes, "fork {fork}: the pages from {at:#x} differ");
+        }
+        for (vcpu, state) in captured.state.vcpus.iter().enumerate() {
+            // One store may be done whose count is not.
+            let behind = state.regs.r9 - count(&child, vcpu);
+            assert!(
+                behind <= 1,
+                "fork {fork}: vCPU {vcpu} is {behind} ahead of its memory"
+            );
+        }
+        if fork % 32 == 0 {
+            assert_restored(&host, &captured);
+        }
+        if fork % 100 == 0 {
+            let state = Arc::new(captured.state);
+            let (grandchild, news) = self::child(&host, &captured.image, &state);
+            await_writes(&grandchild.parts().expect("it runs").kvm.ram, vcpus);
+            assert_eq!(news.try_recv().ok(), None);
+        }
+    }
+    assert_eq!(events.try_recv().ok(), None, "the source goes on");
+    println!("{rounds} rounds, {stopped} pages copied while it was stopped");
+}
+
+#[test]
+fn with_two_vcpus_a_picture_is_its_source_byte_by_byte() {
+    is_its_source(2);
+}
+
+#[test]
+fn with_four_vcpus_a_picture_is_its_source_byte_by_byte() {
+    is_its_source(4);
+}
