@@ -326,6 +326,7 @@ fn boot_spec(
         cmdline: cmdline.into(),
         timeout: Duration::from_secs(machine.boot_timeout),
         domain: domain.into(),
+        ..BootSpec::default()
     })
 }
 

@@ -2,6 +2,8 @@
 
 #[path = "micro/census.rs"]
 mod census;
+#[path = "micro/live.rs"]
+mod live;
 #[path = "micro/pool.rs"]
 mod pool;
 #[path = "micro/soak.rs"]

@@ -9,7 +9,11 @@
 
 mod hear;
 mod identity;
+mod live;
+
 mod task;
+
+pub use self::live::LiveFork;
 
 use self::hear::Next;
 use crate::agent::{Control, Remote};
@@ -48,6 +52,7 @@ enum Phase {
 /// A forked VM. Dropping it ends the VM at once, whatever runs in it.
 pub struct Child {
     machine: Machine,
+    vcpus: u8,
     control: Option<Control>,
     born: Born,
     phase: Phase,
@@ -100,6 +105,7 @@ impl Child {
     pub(crate) fn new(
         machine: Machine,
         template: Arc<TemplateInfo>,
+        vcpus: u8,
         path: ForkPath,
         born: Born,
     ) -> Self {
@@ -107,6 +113,7 @@ impl Child {
         let container = template.warm.clone().unwrap_or_default();
         Self {
             machine,
+            vcpus,
             control: None,
             born,
             phase: Phase::Forked,
@@ -324,12 +331,15 @@ impl Child {
         ))
     }
 
-    /// Waits for the answer of a guest without Linux.
+    /// Waits for the answer of a guest without Linux. It stands still when it has given
+    /// one, until [`Self::unpause`].
     ///
     /// # Errors
     /// A guest that does not answer.
     pub fn answer(&mut self) -> Result<u64, Error> {
-        self.expect(Phase::Forked, "is not fresh from the fork")?;
+        if self.template.kind != Kind::Micro || self.phase == Phase::Poisoned {
+            return Err(Error::State("has nothing to answer"));
+        }
         let deadline = Instant::now() + TIMEOUT;
         let result = loop {
             match self.next(Some(deadline), None) {
@@ -387,6 +397,12 @@ impl Child {
     /// What /proc says.
     pub fn stats(&self) -> Result<ChildStats, Error> {
         self.machine.stats()
+    }
+
+    /// Where its memory lies in this process, (address, length) in bytes: of a child in a
+    /// worker, nowhere. For measuring.
+    pub fn mappings(&self) -> Vec<(u64, u64)> {
+        self.machine.mappings()
     }
 
     /// Whether a pool had its VM.

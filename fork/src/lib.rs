@@ -68,6 +68,7 @@ mod jail;
 mod machine;
 mod network;
 mod pool;
+mod request;
 mod stages;
 mod stats;
 mod store;
@@ -76,7 +77,7 @@ mod volumes;
 pub mod worker;
 
 pub use agent::Remote;
-pub use child::{Child, Process};
+pub use child::{Child, LiveFork, Process};
 pub use disk::{Disks, EmptyDisk};
 pub use error::Error;
 pub use guest::Guest;
@@ -93,8 +94,9 @@ pub use vm_run_abi::protocol::{
     Stream, WindowSize, Writable,
 };
 pub use vm_run_abi::{network as addresses, task};
+pub use vmm::payload::micro;
 pub use vmm::{
-    Cpu, Error as VmError, Host, HostError, Isolation, Moment, Rate, RateLimit, RateLimits,
-    Timeline, VMS_PER_PROCESS, VmCounts,
+    CaptureCost, Cpu, Error as VmError, Host, HostError, Isolation, Moment, Rate, RateLimit,
+    RateLimits, Timeline, VMS_PER_PROCESS, VmCounts,
 };
 pub use volumes::{VOLUMES_MAX, Volume};

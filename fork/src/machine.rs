@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vmm::{Console, Event, EventSink, Image, Moment, Timeline, Vm, VmState};
+use vmm::{CaptureCost, Console, Event, EventSink, Image, Moment, Timeline, Vm, VmState};
 
 /// What a VM tells its owner. A guest makes at most one of each kind until it is
 /// resumed (see [`vmm::EventSink`]).
@@ -234,11 +234,38 @@ impl Machine {
         }
     }
 
+    /// Where its memory lies in this process.
+    pub(crate) fn mappings(&self) -> Vec<(u64, u64)> {
+        match self {
+            Self::Here(local) => local.vm.mappings(),
+            Self::Worker(_) => Vec::new(),
+        }
+    }
+
     /// Where the root image lies in its process, if it is mapped into the guest.
     pub(crate) fn root_image(&self) -> Option<(u64, u64)> {
         match self {
             Self::Here(local) => local.vm.root_image(),
             Self::Worker(remote) => remote.root_image(),
+        }
+    }
+
+    /// What its memory was when it was last captured, or forked.
+    pub(crate) fn image(&self) -> Result<Image, Error> {
+        match self {
+            Self::Here(local) => Ok(local.vm.image()?),
+            Self::Worker(remote) => remote.image().cloned(),
+        }
+    }
+
+    /// See [`Vm::capture`].
+    pub(crate) fn capture(&mut self) -> Result<(Image, VmState, CaptureCost), Error> {
+        match self {
+            Self::Here(local) => {
+                let captured = local.vm.capture(|| true)?;
+                Ok((captured.image, captured.state, captured.cost))
+            }
+            Self::Worker(remote) => remote.capture(),
         }
     }
 

@@ -4,8 +4,9 @@
 use crate::child::Child;
 use crate::error::Error;
 use crate::machine::Machine;
+use crate::request::Request;
 use crate::stages::ForkPath;
-use crate::template::{ForkSpec, Request, Template};
+use crate::template::{ForkSpec, Template};
 use crate::worker::{Remote, Workers};
 use rustix::fd::OwnedFd;
 use std::collections::VecDeque;
@@ -221,8 +222,11 @@ impl Shared {
             Place::ThisProcess => Ok(Waiting::Here(Box::new(self.template.prepare()?))),
             Place::Workers(workers) => {
                 let mut remote = Remote::spawn(workers)?;
-                remote.prepare(&self.template)?;
-                remote.prepared()?;
+                let vcpus = self.template.state().vcpus() as u8;
+                remote.make(self.template.image(), vcpus)?;
+                remote.load(&self.template)?;
+                remote.made()?;
+                remote.loaded()?;
                 Ok(Waiting::Worker(remote))
             }
         }
@@ -269,7 +273,9 @@ impl Shared {
                 let born = request.born()?;
                 remote.started()?;
                 let template = Arc::clone(self.template.info());
-                Ok(Child::new(Machine::Worker(remote), template, path, born))
+                let vcpus = self.template.state().vcpus() as u8;
+                let machine = Machine::Worker(remote);
+                Ok(Child::new(machine, template, vcpus, path, born))
             }
         }
     }

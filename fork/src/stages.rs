@@ -10,6 +10,8 @@ pub enum ForkPath {
     Cold,
     /// A pool had its VM.
     Pooled,
+    /// Its parent ran on: its VM was made meanwhile.
+    Live,
 }
 
 /// When a child reached each stage. What has not happened is `None`.

@@ -7,9 +7,10 @@ use crate::guest::Guest;
 use crate::identity;
 use crate::machine::{CONSOLE_LINES, Local, Machine, Mailbox, News, last_words};
 use crate::network::Network;
+use crate::request::Request;
 use crate::stages::ForkPath;
 use crate::store::{self, Contents, Manifest};
-use crate::volumes::{VOLUMES_MAX, Volume};
+use crate::volumes::Volume;
 use crate::worker::write_record;
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
@@ -18,7 +19,7 @@ use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use vm_run_abi::identity::{Connections, Identity};
+use vm_run_abi::identity::Connections;
 use vm_run_abi::protocol::{Hooks, Stream};
 use vm_run_abi::{VERSION, identity as page};
 use vmm::payload::micro;
@@ -72,8 +73,10 @@ pub struct BootSpec {
     pub memory: u64,
     /// How many vCPUs.
     pub vcpus: u8,
-    /// Kernel and agent; without them: the guest of a few instructions.
+    /// Kernel and agent; without them, `program` runs.
     pub guest: Option<Guest>,
+    /// A guest of a few instructions, for measuring.
+    pub program: micro::Program,
     /// More words for the kernel's command line.
     pub cmdline: String,
     /// How long the guest may take to its fork point.
@@ -89,6 +92,7 @@ impl Default for BootSpec {
             memory: 256 << 20,
             vcpus: 1,
             guest: None,
+            program: micro::FORK_BENCH,
             cmdline: String::new(),
             timeout: Duration::from_secs(10),
             domain: DEFAULT_DOMAIN.into(),
@@ -159,18 +163,6 @@ pub struct Template {
     record: OnceLock<File>,
 }
 
-/// A fork's request, checked.
-pub(crate) struct Request {
-    pub(crate) asked: Moment,
-    pub(crate) identity: Identity,
-    pub(crate) disks: vmm::Disks,
-    pub(crate) volumes: Vec<Volume>,
-    pub(crate) network: Option<Network>,
-    /// See [`Birth::map_root`].
-    pub(crate) map_root: bool,
-    pub(crate) hold: bool,
-}
-
 /// What a child in this process is, but for its VM.
 struct Unborn {
     asked: Moment,
@@ -188,7 +180,7 @@ impl Template {
         let (kind, payload, guest_digest) = match &spec.guest {
             None => (
                 Kind::Micro,
-                Payload::Micro(&micro::FORK_BENCH),
+                Payload::Micro(spec.program.clone()),
                 String::new(),
             ),
             Some(_) if host.isolation()? == Isolation::SyscallStaysInUserMode => {
@@ -232,8 +224,13 @@ impl Template {
     }
 
     fn new(info: TemplateInfo, image: Image, state: VmState) -> Self {
+        Self::of(&Arc::new(info), image, state)
+    }
+
+    /// Of a child at one instant: what is said of its own template holds of it too.
+    pub(crate) fn of(info: &Arc<TemplateInfo>, image: Image, state: VmState) -> Self {
         Self {
-            info: Arc::new(info),
+            info: Arc::clone(info),
             image,
             state: Arc::new(state),
             record: OnceLock::new(),
@@ -365,65 +362,13 @@ impl Template {
     fn child_here(&self, vm: Vm, unborn: Unborn, path: ForkPath) -> Child {
         let mailbox = unborn.mailbox;
         let machine = Machine::Here(Box::new(Local { vm, mailbox }));
-        Child::new(machine, Arc::clone(&self.info), path, unborn.born)
+        let vcpus = self.state.vcpus() as u8;
+        Child::new(machine, Arc::clone(&self.info), vcpus, path, unborn.born)
     }
 
-    /// Checks a request, and draws the child's identity.
+    /// See [`TemplateInfo::check`].
     pub(crate) fn check(&self, spec: ForkSpec) -> Result<Request, Error> {
-        let asked = Moment::now();
-        if spec.domain != self.info.domain {
-            return Err(Error::Domain {
-                template: self.info.domain.clone(),
-                asked: spec.domain,
-            });
-        }
-        if spec.volumes.len() > VOLUMES_MAX {
-            return Err(Error::Request("a child has at most 64 volumes"));
-        }
-        if self.info.warm.is_some() && !spec.volumes.is_empty() {
-            return Err(Error::Request(
-                "the container in a warm template runs already: it gets no volumes",
-            ));
-        }
-        let mut identity = identity::draw(&spec.hostname)?;
-        identity.connections = spec.connections;
-        Ok(Request {
-            asked,
-            identity,
-            disks: self.place(spec.disks)?,
-            volumes: spec.volumes,
-            network: spec.network,
-            // Who names a domain shares no page with anyone outside of it.
-            map_root: self.info.domain == DEFAULT_DOMAIN,
-            hold: spec.hold,
-        })
-    }
-
-    /// Which of the machine's disks each file is to be.
-    fn place(&self, disks: Disks) -> Result<vmm::Disks, Error> {
-        let Disks { mut root, writable } = disks;
-        if let Some(own) = &self.info.root {
-            if root.is_some() {
-                return Err(Error::Request(
-                    "a warm template has a root image of its own",
-                ));
-            }
-            root = Some(own.try_clone().map_err(Error::Process)?);
-        }
-        let is_empty = match (&self.info.empty_disk, &writable) {
-            (Some(empty), Some(file)) => empty.is_in(file).map_err(Error::Process)?,
-            _ => false,
-        };
-        let (mounted, writable) = if is_empty {
-            (writable, None)
-        } else {
-            (None, writable)
-        };
-        Ok(vmm::Disks {
-            root,
-            mounted,
-            writable,
-        })
+        self.info.check(spec)
     }
 
     /// What a fresh writable layer of a child of this template is best made of: the
@@ -487,6 +432,10 @@ impl Template {
         &self.state
     }
 
+    pub(crate) fn shared_state(&self) -> &Arc<VmState> {
+        &self.state
+    }
+
     /// What a worker needs to know beside the memory's files.
     pub(crate) fn record(&self) -> Result<&File, Error> {
         if let Some(file) = self.record.get() {
@@ -535,22 +484,6 @@ fn parents_disk(path: &Path) -> Result<File, Error> {
     let file = file.map_err(|e| Error::Process(e.into()))?;
     empty.write_to(&file).map_err(Error::Process)?;
     Ok(file)
-}
-
-impl Request {
-    /// What the child of it knows of itself.
-    pub(crate) fn born(&self) -> Result<Born, Error> {
-        let root = self.disks.root.as_ref().map(File::try_clone).transpose();
-        Ok(Born {
-            generation: self.identity.generation,
-            hostname: self.identity.hostname().into(),
-            root: root.map_err(Error::Process)?,
-            is_held: self.hold,
-            has_volumes: !self.volumes.is_empty(),
-            has_mounted_disk: self.disks.mounted.is_some(),
-            has_network: self.network.is_some(),
-        })
-    }
 }
 
 /// Boots a guest, and freezes it at its fork point.

@@ -1,9 +1,11 @@
 //! `vm-run bench fork`: what a fork costs, stage by stage, beside the floor.
 //! docs/benchmark.md says where each clock starts and stops.
 
+mod live;
 mod measure;
 mod report;
 
+pub use live::LiveBench;
 pub use measure::measure;
 pub use report::stages_json;
 
@@ -23,6 +25,9 @@ pub enum BenchCommand {
     /// A fork, from the request to the child's first word, beside what KVM
     /// itself takes for it in the same run
     Fork(ForkBench),
+    /// Forks of a guest of a few instructions that runs, and writes its memory all the
+    /// while
+    Live(LiveBench),
 }
 
 /// A benchmark of forks.
@@ -89,7 +94,10 @@ impl Mode {
 /// # Errors
 /// A child that answers wrong, or not at all.
 pub fn cli(command: BenchCommand) -> Result<()> {
-    let BenchCommand::Fork(bench) = command;
+    let bench = match command {
+        BenchCommand::Fork(bench) => bench,
+        BenchCommand::Live(bench) => return live::cli(&bench),
+    };
     ensure!(bench.n > 0, "-n: at least one fork");
     let modes = match bench.modes.as_slice() {
         [] => &[Mode::Cold, Mode::PoolInprocess, Mode::PoolWorker],

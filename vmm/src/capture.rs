@@ -18,7 +18,7 @@
 
 use crate::error::Error;
 use crate::machine::lock;
-use crate::memory::{Image, Layer, PageSet, Ram, memory_file, seal_unmapped};
+use crate::memory::{Image, Layer, PageSet, Ram, Run, memory_file, seal_unmapped};
 use crate::moment::Moment;
 use crate::reaper::Parts;
 use crate::vm::{Vm, VmState};
@@ -31,6 +31,8 @@ const FEW: u64 = 32;
 
 /// A source that writes faster than it is copied is stopped after so many rounds.
 const ROUNDS_MAX: u32 = 12;
+
+const NOT_FORKED: &str = "booted and not forked: freeze it first";
 
 /// What is known of a VM's memory since it was last captured.
 #[derive(Debug)]
@@ -46,6 +48,8 @@ pub(crate) struct Trail {
 pub struct Captured {
     /// Its memory: what it was forked from, and over it what it has written.
     pub image: Image,
+    /// What is new in that since the last capture: a file, and the pages in it.
+    pub layer: (Arc<File>, Vec<Run>),
     /// All the rest of it.
     pub state: VmState,
     /// What it took.
@@ -76,6 +80,19 @@ pub struct CaptureCost {
 }
 
 impl Vm {
+    /// What the memory of a VM was when it was last captured, or, before that, what it was
+    /// forked from.
+    ///
+    /// # Errors
+    /// A VM that was booted and not forked.
+    pub fn image(&self) -> Result<Image, Error> {
+        if let Some(trail) = &*lock(&self.trail) {
+            return Ok(trail.image.clone());
+        }
+        let image = self.parts()?.kvm.ram.image().cloned();
+        image.ok_or(Error::Phase(NOT_FORKED))
+    }
+
     /// Takes a picture of a VM that runs, wherever its vCPUs are. It goes on when this
     /// returns. `is_ready` is asked between rounds of copying whether the children are
     /// there that are to be made of the picture: until they are, it is not stopped.
@@ -147,13 +164,23 @@ impl Vm {
         cost.pages = pages.count();
         trail.image.fold(&layer, &mut pages)?;
         seal_unmapped(&layer)?;
-        let file = Arc::new(layer);
-        let image = trail.image.under(Layer { file, pages });
+        let layer = Layer {
+            file: Arc::new(layer),
+            pages,
+        };
+        let runs = layer.pages.runs().collect();
+        let new = (Arc::clone(&layer.file), runs);
+        let image = trail.image.under(layer);
         *trail = Trail {
             image: image.clone(),
             written: PageSet::none_of(ram.bytes()),
         };
-        Ok(Captured { image, state, cost })
+        Ok(Captured {
+            image,
+            layer: new,
+            state,
+            cost,
+        })
     }
 }
 
@@ -161,7 +188,7 @@ impl Vm {
 fn begin(parts: &Parts, pagemap: &File) -> Result<Trail, Error> {
     let ram = &parts.kvm.ram;
     let Some(image) = ram.image().cloned() else {
-        return Err(Error::Phase("booted and not forked: freeze it first"));
+        return Err(Error::Phase(NOT_FORKED));
     };
     // The log first: what is written while we look is in it.
     parts.kvm.log_writes()?;

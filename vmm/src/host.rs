@@ -130,6 +130,16 @@ impl Host {
         self.reaper.settle();
     }
 
+    /// The frequency of a guest's TSC, in kHz.
+    ///
+    /// # Errors
+    /// What KVM says.
+    pub fn tsc_khz(&self) -> Result<u32, Error> {
+        let vm = self.kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
+        let vcpu = vm.create_vcpu(0).map_err(Error::kvm("KVM_CREATE_VCPU"))?;
+        vcpu.get_tsc_khz().map_err(Error::kvm("KVM_GET_TSC_KHZ"))
+    }
+
     /// The CPU as guests of this host see it.
     pub fn cpu(&self) -> Cpu {
         Cpu::new(&cpuid::for_vcpu(&self.cpuid, 0, 1))

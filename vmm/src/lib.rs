@@ -42,7 +42,7 @@ pub use machine::{Disks, Event, EventSink, Tap};
 pub use memory::{Image, LAYERS_MAX, Ram, Run};
 pub use moment::Moment;
 pub use payload::Payload;
-pub use prepared::{Birth, Prepared, fork};
+pub use prepared::{Birth, Prepared, Shell, fork};
 pub use probe::Isolation;
 pub use reaper::VmCounts;
 pub use vcpu::state::VcpuState;

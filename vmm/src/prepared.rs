@@ -7,7 +7,8 @@
 //!   other vCPUs'    |                          their state ............................... run
 //! ```
 //! A cold fork does both halves in a row; a pool does the first ahead, and only
-//! [`Prepared::start`] is left.
+//! [`Prepared::start`] is left. Of a parent that still runs there is no state yet: its
+//! children are made as a [`Shell`], all that they have in common with any other VM.
 //!
 //! The caller does all that vCPU 0 needs, and hands it over when it can run: on a
 //! host whose idle CPUs sleep, one wake of another thread costs as much as a
@@ -20,7 +21,7 @@ use crate::kvm::{KvmVm, Made};
 use crate::machine::{Bus, Devices, Disks, EventSink, Tap};
 use crate::memory::{Image, Ram};
 use crate::moment::Moment;
-use crate::reaper::{Parts, Reaper};
+use crate::reaper::{Parts, Permit, Reaper};
 use crate::vcpu::gate::Gate;
 use crate::vcpu::handle::Vcpu;
 use crate::vcpu::state;
@@ -67,6 +68,55 @@ pub struct Prepared {
     loading: Vec<Receiver<Result<Moment, Error>>>,
 }
 
+/// A VM with memory and vCPUs that have no state yet. Dropping it ends it.
+pub struct Shell {
+    host: Arc<Host>,
+    kvm: KvmVm,
+    permit: Permit,
+    fds: Vec<VcpuFd>,
+    made: Made,
+}
+
+impl Shell {
+    /// Makes one with `vcpus` vCPUs, over the base of `image`.
+    ///
+    /// # Errors
+    /// More vCPUs than a VM has, more VMs than this process allows, or what KVM says.
+    pub fn new(host: &Arc<Host>, image: &Image, vcpus: u8) -> Result<Self, Error> {
+        let permit = host.permit()?;
+        let (kvm, made) = KvmVm::new(host, || Ram::over_base(image))?;
+        let fds = kvm.populate(vcpus)?;
+        Ok(Self {
+            host: Arc::clone(host),
+            kvm,
+            permit,
+            fds,
+            made,
+        })
+    }
+
+    /// Gives it the layers of `image`, which has its base, and the state `state`.
+    ///
+    /// # Errors
+    /// A state that is not usable here, or of another number of vCPUs; or what KVM says.
+    /// Nothing is left.
+    pub fn load(mut self, image: &Image, state: &Arc<VmState>) -> Result<Prepared, Error> {
+        state.check()?;
+        state.check_sizes(self.kvm.xsave_size)?;
+        if state.vcpus.len() != self.fds.len() {
+            return Err(Error::State(format!("{} vCPUs", state.vcpus.len())));
+        }
+        self.kvm.ram.lay_over(image)?;
+        Prepared::of(self, state, Console::new())?.ahead()
+    }
+}
+
+impl std::fmt::Debug for Shell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shell").finish_non_exhaustive()
+    }
+}
+
 /// A VM's parts, buried when they are dropped.
 struct Unused {
     parts: Option<Parts>,
@@ -105,14 +155,19 @@ impl Prepared {
     /// A state that is not usable here, more VMs than this process allows, or
     /// what KVM says. Nothing is left.
     pub fn new(host: &Arc<Host>, image: &Image, state: &Arc<VmState>) -> Result<Self, Error> {
-        let mut this = Self::make(host, image, state, Console::new())?;
+        Self::make(host, image, state, Console::new())?.ahead()
+    }
+
+    /// To be started later: all that can be done before is done.
+    fn ahead(mut self) -> Result<Self, Error> {
+        let this = &mut self;
         this.settle()?;
         this.thread = Some(Vcpu::spawn(0)?);
         // Ahead of time is the time for it; and a confined vCPU could not start it.
         if let Some(parts) = &this.parts.parts {
             parts.io.ensure()?;
         }
-        Ok(this)
+        Ok(self)
     }
 
     fn make(
@@ -123,10 +178,28 @@ impl Prepared {
     ) -> Result<Self, Error> {
         state.check()?;
         let permit = host.permit()?;
-        let count = state.vcpus.len() as u8;
         let (kvm, made) = KvmVm::new(host, || Ram::private(image))?;
         state.check_sizes(kvm.xsave_size)?;
-        let mut fds = kvm.populate(count)?;
+        let fds = kvm.populate(state.vcpus.len() as u8)?;
+        let shell = Shell {
+            host: Arc::clone(host),
+            kvm,
+            permit,
+            fds,
+            made,
+        };
+        Self::of(shell, state, console)
+    }
+
+    /// Loads a shell that was found right for it.
+    fn of(shell: Shell, state: &Arc<VmState>, console: Console) -> Result<Self, Error> {
+        let Shell {
+            host,
+            kvm,
+            permit,
+            mut fds,
+            made,
+        } = shell;
         let chips = kvm.chips(fds.len());
         let restore = || Restore {
             state: Arc::clone(state),
@@ -138,12 +211,12 @@ impl Prepared {
         let mut loading = Vec::new();
         for (id, fd) in (1..).zip(others) {
             let vcpu = Vcpu::spawn(id)?;
-            loading.push(vcpu.take(Seat::new(host, &kvm, fd, Some(restore())))?);
+            loading.push(vcpu.take(Seat::new(&host, &kvm, fd, Some(restore())))?);
             vcpus.push(vcpu);
         }
         restore().load(0, &first)?;
         let devices = Devices::restore(&state.devices, &kvm, &console)?;
-        let io = Io::new(host, devices.subscribers());
+        let io = Io::new(&host, devices.subscribers());
         let parts = Parts {
             vcpus,
             io,
@@ -151,11 +224,12 @@ impl Prepared {
             kvm,
             permit,
         };
+        let reaper = Arc::clone(&host.reaper);
         Ok(Self {
-            host: Arc::clone(host),
+            host,
             parts: Unused {
                 parts: Some(parts),
-                reaper: Arc::clone(&host.reaper),
+                reaper,
             },
             state: Arc::clone(state),
             first,

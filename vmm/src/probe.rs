@@ -30,7 +30,7 @@ impl Host {
         let config = VmConfig {
             memory: crate::layout::MEMORY_MIN,
             vcpus: 1,
-            payload: Payload::Micro(&micro::SYSCALL_PROBE),
+            payload: Payload::Micro(micro::SYSCALL_PROBE),
         };
         let vm = Vm::boot(self, &config, Disks::default(), &sink)?;
         let isolation = match events.recv_timeout(Duration::from_secs(10)) {

@@ -403,7 +403,7 @@ fn set_up_vcpu(
         .map_err(Error::kvm("KVM_SET_CPUID2"))?;
     let mut msrs = msr::at_boot().to_vec();
     let (mut ring, mut begins) = (Ring::Kernel, id == 0);
-    if let Payload::Micro(program) = config.payload {
+    if let Payload::Micro(program) = &config.payload {
         ring = Ring::User;
         begins |= program.everywhere;
         msrs.extend(program.msrs.iter().map(|&(index, data)| kvm_msr_entry {

@@ -14,9 +14,10 @@ use vmm::{
 /// answers with what a child sees, plus what must be zero: what its parent saw, and
 /// what the store has changed.
 #[rustfmt::skip]
-static LOOK: Program = Program {
+const LOOK: Program = Program {
     msrs: &[],
     everywhere: false,
+    data: Vec::new(),
     code: &[
         // The fifth GiB's first 2 MiB, by the next entry of the monitor's own table
         // of directories and a directory in free memory.
@@ -75,7 +76,7 @@ fn parent(host: &Host) -> (Image, Arc<VmState>) {
     let config = VmConfig {
         memory: MEMORY,
         vcpus: 1,
-        payload: Payload::Micro(&LOOK),
+        payload: Payload::Micro(LOOK),
     };
     let vm = Vm::boot(host, &config, Disks::default(), &sink).expect("boots");
     let event = next(&events);

@@ -38,6 +38,19 @@ pub fn run(args: &Args) -> Result<()> {
     if args.forks_only {
         return Ok(());
     }
+    step("a hundred thousand pictures of guests that run");
+    host::run(
+        cargo(&[
+            "test",
+            "--locked",
+            "--release",
+            "--package",
+            "vm-run-vmm",
+            "--lib",
+        ])
+        .args(["capture", "--", "--nocapture", "--test-threads=1"])
+        .env("VM_RUN_TEST_CAPTURES", "100000"),
+    )?;
     step("programs that people run");
     test::guest_tests(vmhost::HostKernel::default(), test::WORKLOADS)?;
     step("kills at a hundred moments");

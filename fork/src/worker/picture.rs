@@ -16,7 +16,16 @@ type Record = (VmState, Vec<Vec<Run>>);
 
 /// Writes all but the files of the memory.
 pub(crate) fn write_record(state: &VmState, image: &Image) -> io::Result<File> {
-    let layers: Vec<Vec<Run>> = image.layers().map(|(_, runs)| runs).collect();
+    let layers = image.layers().map(|(_, runs)| runs).collect();
+    write(state, layers)
+}
+
+/// The same of one layer over what its reader knows.
+pub(crate) fn write_layer_record(state: &VmState, runs: Vec<Run>) -> io::Result<File> {
+    write(state, vec![runs])
+}
+
+fn write(state: &VmState, layers: Vec<Vec<Run>>) -> io::Result<File> {
     let bytes = postcard::to_stdvec(&(state, layers)).map_err(io::Error::other)?;
     sealed(&bytes)
 }

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //!   owner                        worker
-//!   Prepare  a picture     -->   makes a VM, waits
-//!                          <--   Prepared
+//!   Make     a base        -->   makes a VM
+//!                          <--   Made
+//!   Load     a picture     -->   gives it memory and state, waits
+//!                          <--   Loaded
 //!   Start    disks         -->   identity, clocks, run
 //!                          <--   Started
 //!                          <--   News ...
@@ -16,13 +18,20 @@
 
 use crate::machine::News;
 use serde::{Deserialize, Serialize};
-use vmm::{Moment, RateLimits, Timeline};
+use vmm::{CaptureCost, Moment, RateLimits, Timeline};
 
 /// From the owner.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum ToWorker {
-    /// Make a VM. With it: the files of a picture (`picture.rs`).
-    Prepare {
+    /// Make a VM. With it: the file of its base.
+    Make {
+        /// Guest memory, in bytes.
+        memory: u64,
+        vcpus: u8,
+    },
+    /// Give it memory and state. With it: the files of a picture (`picture.rs`), whose
+    /// base is that of the VM.
+    Load {
         /// Guest memory, in bytes.
         memory: u64,
     },
@@ -54,6 +63,8 @@ pub(crate) enum ToWorker {
     Connect { port: u32 },
     /// Tell the guest's last words.
     LastWords,
+    /// Take a picture of the guest, which runs on.
+    Capture,
     /// Freeze the guest, which is at its fork point.
     Freeze,
 }
@@ -61,7 +72,8 @@ pub(crate) enum ToWorker {
 /// From the worker. Each request has one answer; news come in between.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum FromWorker {
-    Prepared,
+    Made,
+    Loaded,
     Started {
         timeline: Timeline,
         /// Where the root image lies in the worker, if it is mapped into the guest.
@@ -73,6 +85,9 @@ pub(crate) enum FromWorker {
     /// With it: the stream.
     Connected,
     LastWords(Vec<String>),
+    /// With it: the layer with what it has written since the last picture, and the record
+    /// of that and of the rest.
+    Captured(CaptureCost),
     /// With it: the memory, and the record of the rest.
     Frozen {
         /// Guest memory, in bytes.

@@ -6,7 +6,8 @@ use super::protocol::{FromWorker, ToWorker};
 use super::spawner::Workers;
 use crate::error::Error;
 use crate::machine::News;
-use crate::template::{Request, Template};
+use crate::request::Request;
+use crate::template::Template;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
@@ -18,7 +19,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vmm::{Image, Moment, Timeline, VmState};
+use vmm::{CaptureCost, Image, Moment, Timeline, VmState};
 
 /// The most news that are kept while an answer is waited for. A guest makes one of each
 /// kind at most; a worker that sends more is not ours any longer.
@@ -41,6 +42,8 @@ pub(crate) struct Remote {
     timeline: Option<Timeline>,
     /// Where the root image lies in it, if it is mapped into the guest.
     root_image: Option<(u64, u64)>,
+    /// As its owner knows it.
+    image: Option<Image>,
     is_gone: bool,
 }
 
@@ -55,6 +58,7 @@ impl Remote {
             news: VecDeque::new(),
             timeline: None,
             root_image: None,
+            image: None,
             is_gone: false,
         })
     }
@@ -63,20 +67,61 @@ impl Remote {
         self.pid
     }
 
-    /// Asks it to make a VM of the template.
-    pub(crate) fn prepare(&self, template: &Template) -> Result<(), Error> {
-        let (image, record) = (template.image(), template.record()?);
+    /// Asks it to make a VM with the base of `image`.
+    pub(crate) fn make(&self, image: &Image, vcpus: u8) -> Result<(), Error> {
         let memory = image.bytes();
-        let files = picture::files(image, record);
-        self.ask(&ToWorker::Prepare { memory }, &files)
+        self.ask(&ToWorker::Make { memory, vcpus }, &[image.base().as_fd()])
     }
 
     /// Waits until it has.
-    pub(crate) fn prepared(&mut self) -> Result<(), Error> {
+    pub(crate) fn made(&mut self) -> Result<(), Error> {
         match self.answer()? {
-            (FromWorker::Prepared, _) => Ok(()),
+            (FromWorker::Made, _) => Ok(()),
             (other, _) => Err(odd(&other)),
         }
+    }
+
+    /// Asks it to give its VM the memory and the state of the template.
+    pub(crate) fn load(&mut self, template: &Template) -> Result<(), Error> {
+        let (image, record) = (template.image(), template.record()?);
+        self.image = Some(image.clone());
+        let memory = image.bytes();
+        self.ask(&ToWorker::Load { memory }, &picture::files(image, record))
+    }
+
+    /// Waits until it has.
+    pub(crate) fn loaded(&mut self) -> Result<(), Error> {
+        match self.answer()? {
+            (FromWorker::Loaded, _) => Ok(()),
+            (other, _) => Err(odd(&other)),
+        }
+    }
+
+    /// What its memory was when it was last captured, or loaded.
+    pub(crate) fn image(&self) -> Result<&Image, Error> {
+        self.image.as_ref().ok_or(Error::State("has no memory yet"))
+    }
+
+    /// See [`vmm::Vm::capture`].
+    pub(crate) fn capture(&mut self) -> Result<(Image, VmState, CaptureCost), Error> {
+        self.ask(&ToWorker::Capture, &[])?;
+        let (cost, with) = match self.answer()? {
+            (FromWorker::Captured(cost), with) => (cost, with),
+            (other, _) => return Err(odd(&other)),
+        };
+        let mut with = with.into_iter().map(File::from);
+        let (Some(layer), Some(record)) = (with.next(), with.next()) else {
+            return Err(odd(&FromWorker::Captured(cost)));
+        };
+        let record = read_record(&record).map_err(|e| Error::WorkerGone(e.to_string()));
+        let (state, runs) = record?;
+        state.check()?;
+        let image = match &runs[..] {
+            [runs] => self.image()?.with_layer(layer, runs)?,
+            _ => return Err(odd(&FromWorker::Captured(cost))),
+        };
+        self.image = Some(image.clone());
+        Ok((image, state, cost))
     }
 
     /// Asks it to run the child, whose volumes `server` serves.

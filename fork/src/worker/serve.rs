@@ -1,7 +1,7 @@
 //! What a worker does: it makes one VM ready, makes it a child, runs it, ends.
 
 use super::packet;
-use super::picture::{self, write_record};
+use super::picture::{self, write_layer_record, write_record};
 use super::protocol::{FromWorker, ToWorker};
 use crate::machine::{CONSOLE_LINES, News, last_words};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use vm_run_abi::identity;
-use vmm::{Birth, Disks, EventSink, Host, Prepared, Tap, Vm};
+use vmm::{Birth, Disks, EventSink, Host, Image, Prepared, Shell, Tap, Vm};
 
 /// Serves its owner until that is gone.
 pub(crate) fn run(host: Host, socket: OwnedFd) -> io::Result<()> {
@@ -39,6 +39,7 @@ struct Worker {
 /// It only goes forward; a step that failed leaves it over.
 enum Life {
     Blank,
+    Made(Box<Shell>),
     Prepared(Box<Prepared>),
     Running(Box<Vm>),
     Over,
@@ -50,15 +51,25 @@ impl Worker {
     fn fulfil(&mut self, request: ToWorker, with: Vec<OwnedFd>) -> Result<Answer, String> {
         let mut with = with.into_iter().map(File::from);
         match request {
-            ToWorker::Prepare { memory } => {
-                let Life::Blank = self.take_life() else {
+            ToWorker::Make { memory, vcpus } => {
+                let (Life::Blank, Some(base)) = (self.take_life(), with.next()) else {
+                    return Err(out_of_turn());
+                };
+                let shell = Image::from_file(base, memory)
+                    .and_then(|image| Shell::new(&self.host, &image, vcpus))
+                    .map_err(|e| e.to_string())?;
+                self.life = Life::Made(Box::new(shell));
+                Ok((FromWorker::Made, Vec::new()))
+            }
+            ToWorker::Load { memory } => {
+                let Life::Made(shell) = self.take_life() else {
                     return Err(out_of_turn());
                 };
                 let (image, state) = picture::read(memory, with)?;
-                let prepared = Prepared::new(&self.host, &image, &Arc::new(state));
+                let prepared = shell.load(&image, &Arc::new(state));
                 let prepared = prepared.map_err(|e| e.to_string())?;
                 self.life = Life::Prepared(Box::new(prepared));
-                Ok((FromWorker::Prepared, Vec::new()))
+                Ok((FromWorker::Loaded, Vec::new()))
             }
             ToWorker::Start {
                 asked,
@@ -120,6 +131,7 @@ impl Worker {
                 let words = last_words(self.vm()?.console_tail(CONSOLE_LINES));
                 Ok((FromWorker::LastWords(words), Vec::new()))
             }
+            ToWorker::Capture => capture(self.vm()?),
             ToWorker::Freeze => {
                 let Life::Running(vm) = self.take_life() else {
                     return Err(out_of_turn());
@@ -136,7 +148,7 @@ impl Worker {
     fn vm(&self) -> Result<&Vm, String> {
         match &self.life {
             Life::Running(vm) => Ok(vm),
-            Life::Blank | Life::Prepared(_) | Life::Over => Err(out_of_turn()),
+            Life::Blank | Life::Made(_) | Life::Prepared(_) | Life::Over => Err(out_of_turn()),
         }
     }
 
@@ -167,6 +179,18 @@ impl Worker {
             hold,
         }
     }
+}
+
+fn capture(vm: &Vm) -> Result<Answer, String> {
+    let captured = vm.capture(|| true).map_err(|e| e.to_string())?;
+    let (layer, runs) = captured.layer;
+    let failed = |e: io::Error| format!("a picture of the guest cannot be handed over: {e}");
+    let record = write_layer_record(&captured.state, runs).map_err(failed)?;
+    let layer = layer.try_clone().map_err(failed)?;
+    Ok((
+        FromWorker::Captured(captured.cost),
+        vec![layer.into(), record.into()],
+    ))
 }
 
 fn freeze(vm: Vm) -> Result<Answer, String> {

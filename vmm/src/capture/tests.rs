@@ -14,9 +14,10 @@ use vm_run_abi::{PAGE_SIZE, VERSION, doorbell, identity};
 /// register (which must be right), say a byte, and send an interrupt to all others, who
 /// keep it pending.
 #[rustfmt::skip]
-static STRESS: Program = Program {
+const STRESS: Program = Program {
     msrs: &[],
     everywhere: true,
+    data: Vec::new(),
     code: &[
         0x49, 0x89, 0xff,                               // mov r15, rdi
         0xb9, 0xf0, 0x00, 0xe0, 0xfe,                   // mov ecx, 0xfee000f0
@@ -94,7 +95,7 @@ fn parent(host: &Host, vcpus: u8) -> (Image, Arc<VmState>) {
     let config = VmConfig {
         memory: MEMORY,
         vcpus,
-        payload: Payload::Micro(&STRESS),
+        payload: Payload::Micro(STRESS),
     };
     let vm = Vm::boot(host, &config, Disks::default(), &sink).expect("boots");
     let event = events.recv_timeout(Duration::from_secs(60));

@@ -81,9 +81,6 @@ impl Image {
     pub fn with_layer(&self, file: File, runs: &[Run]) -> Result<Self, Error> {
         seal_unmapped(&file)?;
         check_length(&file, self.bytes)?;
-        if self.layers.len() >= LAYERS_MAX {
-            return Err(Error::State("it has too many layers".into()));
-        }
         let mut pages = PageSet::none_of(self.bytes);
         for run in runs {
             let end = run.first.checked_add(run.count);
@@ -94,7 +91,11 @@ impl Image {
             pages.insert(*run);
         }
         let file = Arc::new(file);
-        Ok(self.under(Layer { file, pages }))
+        let image = self.under(Layer { file, pages });
+        if image.layers.len() > LAYERS_MAX {
+            return Err(Error::State("it has too many layers".into()));
+        }
+        Ok(image)
     }
 
     /// The same with one more layer. What that hides is dropped, and a layer that is all

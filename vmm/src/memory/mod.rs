@@ -76,18 +76,30 @@ impl Ram {
     /// # Errors
     /// What mmap says.
     pub fn private(image: &Image) -> Result<Self, Error> {
+        let mut this = Self::over_base(image)?;
+        this.lay_over(image)?;
+        Ok(this)
+    }
+
+    /// The same without its layers.
+    pub(crate) fn over_base(image: &Image) -> Result<Self, Error> {
         let ranges = ram_ranges(image.bytes())?;
         let memory = map(image.shared_base(), &ranges, libc::MAP_PRIVATE)?;
-        let this = Self {
+        Ok(Self {
             memory,
             ranges,
             bytes: image.bytes(),
-            over: Over::Private(image.clone()),
-        };
+            over: Over::Private(Image::flat(Arc::clone(image.shared_base()), image.bytes())),
+        })
+    }
+
+    /// Maps the layers of an image over its base, which this is. Nobody has used it yet.
+    pub(crate) fn lay_over(&mut self, image: &Image) -> Result<(), Error> {
         for layer in image.all_layers() {
-            this.lay(layer)?;
+            self.lay(layer)?;
         }
-        Ok(this)
+        self.over = Over::Private(image.clone());
+        Ok(())
     }
 
     /// Maps the pages of a layer over what is there.

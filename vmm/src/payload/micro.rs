@@ -14,8 +14,11 @@ use vm_run_abi::{VERSION, doorbell, identity};
 /// Where a program is loaded, and begins.
 pub const CODE: u64 = MICRO_CODE;
 
+/// Where its data are.
+pub const DATA: u64 = MICRO_DATA;
+
 /// A program for a VM without a kernel.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Program {
     /// Its machine code.
     pub code: &'static [u8],
@@ -24,6 +27,8 @@ pub struct Program {
     /// Whether all vCPUs begin in it, each with its number in RDI; else the first does,
     /// and the others wait to be started.
     pub everywhere: bool,
+    /// What it finds at [`DATA`].
+    pub data: Vec<u64>,
 }
 
 const REGISTER: u64 = 0x1111_1111_1111_1111;
@@ -34,9 +39,10 @@ const MEMORY: u64 = 0x3333_3333_3333_3333;
 /// live in a register, one in an XSAVE register and one in memory that it wrote
 /// after boot; a child then answers [`expected_answer`].
 #[rustfmt::skip]
-pub static FORK_BENCH: Program = Program {
+pub const FORK_BENCH: Program = Program {
     msrs: &[],
     everywhere: false,
+    data: Vec::new(),
     code: &[
         0x48, 0xbb, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, // movabs rbx, REGISTER
         0x48, 0xb8, 0x22, 0x22, 0x22, 0x22, 0x22, 0x22, 0x22, 0x22, // movabs rax, XMM
@@ -70,12 +76,120 @@ const _: () = assert!(
         && VERSION < 256
         && doorbell::FORK_POINT == 0
         && doorbell::ANSWER == 0x28
+        && DATA == 0x1_1000
 );
 
 /// What a right child of [`FORK_BENCH`] answers.
 pub fn expected_answer(generation: u64) -> u64 {
     REGISTER.wrapping_add(XMM).wrapping_add(MEMORY) ^ generation
 }
+
+/// How the guest of `bench live` writes its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LiveLoad {
+    /// Where its first run of pages begins; each further one [`Self::stride`] bytes on.
+    pub first: u64,
+    /// How many runs.
+    pub runs: u64,
+    /// In bytes.
+    pub stride: u64,
+    /// How many pages each has.
+    pub pages: u64,
+    /// How many ticks of the TSC lie between two writes of single pages.
+    pub ticks: u64,
+    /// Where those lie: from here on, in bytes...
+    pub area: u64,
+    /// ... so many pages, a power of two.
+    pub area_pages: u64,
+    /// How many such writes there are before the runs are written again.
+    pub writes: u64,
+}
+
+/// How many single pages a guest of [`live_bench`] has written, at [`DATA`].
+pub const LIVE_COUNT: u64 = DATA;
+
+/// The guest of `bench live`. A child of it writes all its runs and answers with its
+/// generation; when it goes on, it writes single pages, at random and in time, and the
+/// runs again. Whenever it finds that it has another generation, it answers with that.
+pub fn live_bench(load: &LiveLoad) -> Program {
+    Program {
+        data: vec![
+            0,
+            load.first,
+            load.runs,
+            load.stride,
+            load.pages,
+            load.ticks,
+            load.area,
+            (load.area_pages - 1) << 12,
+            load.writes,
+        ],
+        ..LIVE_BENCH
+    }
+}
+
+#[rustfmt::skip]
+const LIVE_BENCH: Program = Program {
+    msrs: &[],
+    everywhere: false,
+    data: Vec::new(),
+    code: &[
+        0xbf, 0x00, 0x00, 0x00, 0xd0,          // mov edi, 0xd0000000
+        0xbe, 0x08, 0xe0, 0x09, 0x00,          // mov esi, 0x9e008
+        0xbd, 0x00, 0x10, 0x01, 0x00,          // mov ebp, 0x11000
+        0x41, 0xb8, 0xed, 0x5e, 0x00, 0x00,    // mov r8d, 0x5eed
+        0xb8, VERSION as u8, 0x00, 0x00, 0x00, // parent: mov eax, VERSION
+        0x48, 0x89, 0x07,                      // mov [rdi], rax
+        0x4c, 0x8b, 0x26,                      // mov r12, [rsi]
+        0x4d, 0x85, 0xe4,                      // test r12, r12
+        0x74, 0xf0,                            // je parent
+        0x49, 0xff, 0xc5,                      // round: inc r13
+        0x48, 0x8b, 0x5d, 0x08,                // mov rbx, [rbp+0x8]
+        0x48, 0x8b, 0x4d, 0x10,                // mov rcx, [rbp+0x10]
+        0x48, 0x89, 0xd8,                      // run: mov rax, rbx
+        0x48, 0x8b, 0x55, 0x20,                // mov rdx, [rbp+0x20]
+        0x4c, 0x89, 0x28,                      // page: mov [rax], r13
+        0x48, 0x05, 0x00, 0x10, 0x00, 0x00,    // add rax, 0x1000
+        0x48, 0xff, 0xca,                      // dec rdx
+        0x75, 0xf2,                            // jne page
+        0x48, 0x03, 0x5d, 0x18,                // add rbx, [rbp+0x18]
+        0x48, 0xff, 0xc9,                      // dec rcx
+        0x75, 0xe2,                            // jne run
+        0x4c, 0x89, 0x67, 0x28,                // answer: mov [rdi+0x28], r12
+        0x4c, 0x8b, 0x7d, 0x40,                // mov r15, [rbp+0x40]
+        0x0f, 0x31,                            // rdtsc
+        0x48, 0xc1, 0xe2, 0x20,                // shl rdx, 0x20
+        0x48, 0x09, 0xc2,                      // or rdx, rax
+        0x49, 0x89, 0xd6,                      // mov r14, rdx
+        0x48, 0x8b, 0x06,                      // write: mov rax, [rsi]
+        0x4c, 0x39, 0xe0,                      // cmp rax, r12
+        0x49, 0x89, 0xc4,                      // mov r12, rax
+        0x75, 0xe1,                            // jne answer
+        0x0f, 0x31,                            // rdtsc
+        0x48, 0xc1, 0xe2, 0x20,                // shl rdx, 0x20
+        0x48, 0x09, 0xc2,                      // or rdx, rax
+        0x4c, 0x39, 0xf2,                      // cmp rdx, r14
+        0x72, 0xe7,                            // jb write
+        0x4c, 0x03, 0x75, 0x28,                // add r14, [rbp+0x28]
+        0x4c, 0x89, 0xc0,                      // mov rax, r8
+        0x48, 0xc1, 0xe0, 0x0d,                // shl rax, 0xd
+        0x49, 0x31, 0xc0,                      // xor r8, rax
+        0x4c, 0x89, 0xc0,                      // mov rax, r8
+        0x48, 0xc1, 0xe8, 0x07,                // shr rax, 0x7
+        0x49, 0x31, 0xc0,                      // xor r8, rax
+        0x4c, 0x89, 0xc0,                      // mov rax, r8
+        0x48, 0xc1, 0xe0, 0x11,                // shl rax, 0x11
+        0x49, 0x31, 0xc0,                      // xor r8, rax
+        0x4c, 0x89, 0xc0,                      // mov rax, r8
+        0x48, 0x23, 0x45, 0x38,                // and rax, [rbp+0x38]
+        0x48, 0x03, 0x45, 0x30,                // add rax, [rbp+0x30]
+        0x4c, 0x89, 0x00,                      // mov [rax], r8
+        0x48, 0xff, 0x45, 0x00,                // inc [rbp+0x0]
+        0x49, 0xff, 0xcf,                      // dec r15
+        0x75, 0xae,                            // jne write
+        0xe9, 0x6c, 0xff, 0xff, 0xff,          // jmp round
+    ],
+};
 
 const STAR: u32 = 0xc000_0081;
 const LSTAR: u32 = 0xc000_0082;
@@ -86,7 +200,7 @@ const HANDLER: u64 = CODE + 0x20;
 /// level at which its handler runs. On VMX and SVM: 0. On PVM the handler is
 /// reached without leaving ring 3, so a Linux kernel cannot run.
 #[rustfmt::skip]
-pub static SYSCALL_PROBE: Program = Program {
+pub const SYSCALL_PROBE: Program = Program {
     msrs: &[
         // Ring 0 selectors from bit 32 on: code 0x08, stack 0x10.
         (STAR, 0x08 << 32),
@@ -94,6 +208,7 @@ pub static SYSCALL_PROBE: Program = Program {
         (SYSCALL_MASK, 0),
     ],
     everywhere: false,
+    data: Vec::new(),
     code: &[
         0xbf, 0x00, 0x00, 0x00, 0xd0,                   // mov edi, doorbell::GPA
         0x0f, 0x05,                                     // syscall
@@ -113,6 +228,12 @@ pub static SYSCALL_PROBE: Program = Program {
 pub(crate) fn load(ram: &Ram, program: &Program) -> Result<(), Error> {
     boot::write_gdt(ram)?;
     boot::write_page_tables(ram)?;
+    let data: Vec<u8> = program
+        .data
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    ram.write(DATA, &data)?;
     ram.write(CODE, program.code)
 }
 

@@ -18,5 +18,5 @@ pub enum Payload {
         cmdline: String,
     },
     /// A program in user mode of a machine without a kernel: see [`micro`].
-    Micro(&'static micro::Program),
+    Micro(micro::Program),
 }

@@ -275,6 +275,7 @@ fn ioctl(thread: Thread) -> Call {
         kvm(NONE, 0x03, 0),           // KVM_CHECK_EXTENSION
         kvm(NONE, 0x04, 0),           // KVM_GET_VCPU_MMAP_SIZE
         kvm(NONE, 0x41, 0),           // KVM_CREATE_VCPU
+        kvm(WRITE, 0x42, 16),         // KVM_GET_DIRTY_LOG: a picture of one that runs
         kvm(WRITE, 0x46, 32),         // KVM_SET_USER_MEMORY_REGION
         kvm(NONE, 0x47, 0),           // KVM_SET_TSS_ADDR
         kvm(WRITE, 0x48, 8),          // KVM_SET_IDENTITY_MAP_ADDR

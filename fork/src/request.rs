@@ -1,0 +1,100 @@
+//! What is asked of a fork, checked against what the template is.
+
+use crate::child::Born;
+use crate::disk::Disks;
+use crate::error::Error;
+use crate::identity;
+use crate::network::Network;
+use crate::template::{DEFAULT_DOMAIN, ForkSpec, TemplateInfo};
+use crate::volumes::{VOLUMES_MAX, Volume};
+use std::fs::File;
+use vm_run_abi::identity::Identity;
+use vmm::Moment;
+
+/// A fork's request, checked.
+pub(crate) struct Request {
+    pub(crate) asked: Moment,
+    pub(crate) identity: Identity,
+    pub(crate) disks: vmm::Disks,
+    pub(crate) volumes: Vec<Volume>,
+    pub(crate) network: Option<Network>,
+    /// See [`Birth::map_root`].
+    pub(crate) map_root: bool,
+    pub(crate) hold: bool,
+}
+
+impl TemplateInfo {
+    /// Checks a request, and draws the child's identity.
+    pub(crate) fn check(&self, spec: ForkSpec) -> Result<Request, Error> {
+        let asked = Moment::now();
+        if spec.domain != self.domain {
+            return Err(Error::Domain {
+                template: self.domain.clone(),
+                asked: spec.domain,
+            });
+        }
+        if spec.volumes.len() > VOLUMES_MAX {
+            return Err(Error::Request("a child has at most 64 volumes"));
+        }
+        if self.warm.is_some() && !spec.volumes.is_empty() {
+            return Err(Error::Request(
+                "the container in a warm template runs already: it gets no volumes",
+            ));
+        }
+        let mut identity = identity::draw(&spec.hostname)?;
+        identity.connections = spec.connections;
+        Ok(Request {
+            asked,
+            identity,
+            disks: self.place(spec.disks)?,
+            volumes: spec.volumes,
+            network: spec.network,
+            // Who names a domain shares no page with anyone outside of it.
+            map_root: self.domain == DEFAULT_DOMAIN,
+            hold: spec.hold,
+        })
+    }
+
+    /// Which of the machine's disks each file is to be.
+    fn place(&self, disks: Disks) -> Result<vmm::Disks, Error> {
+        let Disks { mut root, writable } = disks;
+        if let Some(own) = &self.root {
+            if root.is_some() {
+                return Err(Error::Request(
+                    "a warm template has a root image of its own",
+                ));
+            }
+            root = Some(own.try_clone().map_err(Error::Process)?);
+        }
+        let is_empty = match (&self.empty_disk, &writable) {
+            (Some(empty), Some(file)) => empty.is_in(file).map_err(Error::Process)?,
+            _ => false,
+        };
+        let (mounted, writable) = if is_empty {
+            (writable, None)
+        } else {
+            (None, writable)
+        };
+        Ok(vmm::Disks {
+            root,
+            mounted,
+            writable,
+        })
+    }
+}
+
+impl Request {
+    /// What the child of it knows of itself.
+    pub(crate) fn born(&self) -> Result<Born, Error> {
+        let root = self.disks.root.as_ref().map(File::try_clone).transpose();
+        Ok(Born {
+            generation: self.identity.generation,
+            hostname: self.identity.hostname().into(),
+            root: root.map_err(Error::Process)?,
+            is_held: self.hold,
+            has_volumes: !self.volumes.is_empty(),
+            has_mounted_disk: self.disks.mounted.is_some(),
+            has_network: self.network.is_some(),
+        })
+    }
+}

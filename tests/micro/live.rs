@@ -1,0 +1,99 @@
+//! Forks of a guest of a few instructions that runs.
+
+use crate::child;
+use fork::micro::{LiveLoad, live_bench};
+use fork::worker::{Jail, Limits, Workers, WorkersSpec};
+use fork::{BootSpec, Child, ForkPath, Host, LiveFork, Place, Template};
+use std::sync::Arc;
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+
+/// Two mebibytes in runs, and single pages as fast as it can.
+const LOAD: LiveLoad = LiveLoad {
+    first: 16 * MIB,
+    runs: 32,
+    stride: MIB,
+    pages: 16,
+    ticks: 0,
+    area: 8 * MIB,
+    area_pages: 256,
+    writes: 1 << 40,
+};
+
+fn template() -> Template {
+    let host = Arc::new(Host::open().expect("these tests need /dev/kvm"));
+    let spec = BootSpec {
+        memory: 64 * MIB,
+        program: live_bench(&LOAD),
+        ..BootSpec::default()
+    };
+    Template::boot(host, &spec).expect("boots")
+}
+
+fn workers(jail: Jail) -> Place {
+    let program = env!("CARGO_BIN_EXE_vm-run-worker").into();
+    let workers = Workers::start(WorkersSpec { program, jail }).expect("a spawner");
+    Place::Workers(Arc::new(workers))
+}
+
+/// It has written its runs, and goes on to write single pages.
+fn begins(child: &mut Child) {
+    child.answer().expect("answers");
+    child.unpause().expect("goes on");
+    std::thread::sleep(Duration::from_millis(5));
+}
+
+fn forks(source: &mut Child, place: &Place, count: usize) -> Vec<Child> {
+    let specs = (0..count).map(|n| child(&format!("live-{n}"))).collect();
+    let LiveFork { children, cost } = source.fork(place, specs).expect("is forked");
+    println!("{cost:?}");
+    assert!(cost.pages > 0 && cost.resumed > cost.stopped);
+    children
+        .into_iter()
+        .map(|child| child.expect("forks"))
+        .collect()
+}
+
+/// Each answers with its own generation, which it has found while it wrote.
+fn answer(children: &mut [Child]) {
+    for child in children {
+        let answer = child.answer().expect("answers");
+        assert_eq!(Some(answer), child.generation());
+        assert_eq!(child.path(), ForkPath::Live);
+    }
+}
+
+fn is_forked_again_and_again(place: &Place, mut source: Child) {
+    begins(&mut source);
+    let mut children = forks(&mut source, place, 3);
+    answer(&mut children);
+    // The source again; and a child, which is a source itself now, and its child.
+    answer(&mut forks(&mut source, place, 2));
+    let mut child = children.pop().expect("three");
+    for _ in 0..4 {
+        child.unpause().expect("goes on");
+        let mut next = forks(&mut child, place, 1);
+        answer(&mut next);
+        child = next.pop().expect("one");
+    }
+    answer(&mut forks(&mut source, place, 1));
+}
+
+#[test]
+fn a_running_child_is_forked_in_this_process() {
+    let source = template().fork(child("source")).expect("forks");
+    is_forked_again_and_again(&Place::ThisProcess, source);
+}
+
+#[test]
+fn a_running_child_is_forked_from_worker_to_worker() {
+    let place = workers(Jail::On(Limits::default()));
+    let pool = fork::Pool::new(Arc::new(template()), place.clone(), 0).expect("a pool");
+    let source = pool.fork(child("source")).expect("forks");
+    is_forked_again_and_again(&place, source);
+    let Place::Workers(workers) = place else {
+        return;
+    };
+    assert_eq!(workers.counts().expect("counts").violations, 0);
+}
