@@ -7,10 +7,11 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vmm::{CaptureCost, Console, Event, EventSink, Image, Moment, Timeline, Vm, VmState};
+use vmm::{Capture, CaptureCost, Console, Event, EventSink, Image, Moment, Timeline, Vm, VmState};
 
 /// What a VM tells its owner. A guest makes at most one of each kind until it is
 /// resumed (see [`vmm::EventSink`]).
@@ -155,6 +156,23 @@ pub(crate) enum Machine {
     Worker(Remote),
 }
 
+/// A picture that is being taken, and where.
+#[derive(Debug)]
+pub(crate) enum Capturing {
+    Here(Capture),
+    Worker { image: Image, layer: File },
+}
+
+impl Capturing {
+    /// See [`Capture::so_far`].
+    pub(crate) fn so_far(&self) -> Image {
+        match self {
+            Self::Here(capture) => capture.so_far(),
+            Self::Worker { image, .. } => image.clone(),
+        }
+    }
+}
+
 impl Machine {
     /// What it has told and nobody has heard yet.
     pub(crate) fn news(&mut self) -> Option<News> {
@@ -258,14 +276,29 @@ impl Machine {
         }
     }
 
-    /// See [`Vm::capture`].
-    pub(crate) fn capture(&mut self) -> Result<(Image, VmState, CaptureCost), Error> {
+    /// See [`Vm::begin_capture`].
+    pub(crate) fn begin_capture(&mut self) -> Result<Capturing, Error> {
         match self {
-            Self::Here(local) => {
-                let captured = local.vm.capture(|| true)?;
+            Self::Here(local) => Ok(Capturing::Here(local.vm.begin_capture()?)),
+            Self::Worker(remote) => {
+                let (image, layer) = remote.begin_capture()?;
+                Ok(Capturing::Worker { image, layer })
+            }
+        }
+    }
+
+    /// See [`Vm::finish_capture`].
+    pub(crate) fn finish_capture(
+        &mut self,
+        capturing: Capturing,
+    ) -> Result<(Image, VmState, CaptureCost), Error> {
+        match (self, capturing) {
+            (Self::Here(local), Capturing::Here(capture)) => {
+                let captured = local.vm.finish_capture(capture)?;
                 Ok((captured.image, captured.state, captured.cost))
             }
-            Self::Worker(remote) => remote.capture(),
+            (Self::Worker(remote), Capturing::Worker { layer, .. }) => remote.finish_capture(layer),
+            _ => Err(Error::State("is not where it was captured")),
         }
     }
 

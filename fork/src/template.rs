@@ -441,7 +441,7 @@ impl Template {
         if let Some(file) = self.record.get() {
             return Ok(file);
         }
-        let file = write_record(&self.state, &self.image).map_err(Error::Process)?;
+        let file = write_record(Some(&self.state), &self.image).map_err(Error::Process)?;
         // Another thread may have been faster, with the same bytes.
         Ok(self.record.get_or_init(|| file))
     }

@@ -41,6 +41,17 @@ pub(crate) struct Trail {
     image: Image,
     /// What it has written since, as far as the logs were read.
     written: PageSet,
+    /// How often it was captured.
+    captures: u64,
+}
+
+/// A picture that is being taken.
+#[derive(Debug)]
+pub struct Capture {
+    before: Image,
+    captures: u64,
+    layer: Layer,
+    cost: CaptureCost,
 }
 
 /// A picture of a VM at one instant.
@@ -93,91 +104,104 @@ impl Vm {
         image.ok_or(Error::Phase(NOT_FORKED))
     }
 
-    /// Takes a picture of a VM that runs, wherever its vCPUs are. It goes on when this
-    /// returns. `is_ready` is asked between rounds of copying whether the children are
-    /// there that are to be made of the picture: until they are, it is not stopped.
+    /// Begins a picture of a VM that runs: copies what it has written, once.
     ///
     /// # Errors
-    /// A VM that was booted and not forked, one that is captured already, or what the
-    /// system says. The VM runs on, unless the error is that it cannot.
-    pub fn capture(&self, is_ready: impl FnMut() -> bool) -> Result<Captured, Error> {
-        self.capture_watched(is_ready, |_| {})
-    }
-
-    /// The same; `watch` sees the memory while nobody writes it.
-    fn capture_watched(
-        &self,
-        mut is_ready: impl FnMut() -> bool,
-        watch: impl FnOnce(&Ram),
-    ) -> Result<Captured, Error> {
+    /// A VM that was booted and not forked, or what the system says. The VM runs on.
+    pub fn begin_capture(&self) -> Result<Capture, Error> {
         let asked = Moment::now();
         let parts = self.parts()?;
-        let ram = &parts.kvm.ram;
         let mut trail = lock(&self.trail);
         let trail = match &mut *trail {
             Some(trail) => trail,
             none => none.insert(begin(parts, self.pagemap())?),
         };
-        let layer = memory_file(ram.bytes())?;
-        let mut copying = Copying {
-            ram,
-            layer: &layer,
-            pages: PageSet::none_of(ram.bytes()),
+        let bytes = parts.kvm.ram.bytes();
+        let mut capture = Capture {
+            before: trail.image.clone(),
+            captures: trail.captures,
+            layer: Layer {
+                file: Arc::new(memory_file(bytes)?),
+                pages: PageSet::none_of(bytes),
+            },
+            cost: CaptureCost {
+                asked,
+                stopping: asked,
+                stopped: asked,
+                saved: asked,
+                resumed: asked,
+                rounds: 1,
+                copied_running: 0,
+                copied_stopped: 0,
+                pages: 0,
+            },
         };
-        let mut cost = CaptureCost {
-            asked,
-            stopping: asked,
-            stopped: asked,
-            saved: asked,
-            resumed: asked,
-            rounds: 0,
-            copied_running: 0,
-            copied_stopped: 0,
-            pages: 0,
-        };
-        loop {
+        trail.news(parts)?;
+        capture.cost.copied_running = trail.written.count();
+        capture.copy(&parts.kvm.ram, &trail.written)?;
+        Ok(capture)
+    }
+
+    /// Takes the picture, wherever the vCPUs are: at one instant, as soon as little is left
+    /// to copy. The VM goes on when this returns.
+    ///
+    /// # Errors
+    /// Another picture was taken since this was begun, or what the system says. The VM
+    /// runs on, unless the error is that it cannot.
+    pub fn finish_capture(&self, capture: Capture) -> Result<Captured, Error> {
+        self.finish_watched(capture, |_| {})
+    }
+
+    /// The same; `watch` sees the memory while nobody writes it.
+    fn finish_watched(
+        &self,
+        mut capture: Capture,
+        watch: impl FnOnce(&Ram),
+    ) -> Result<Captured, Error> {
+        let parts = self.parts()?;
+        let ram = &parts.kvm.ram;
+        let mut trail = lock(&self.trail);
+        let trail = trail.as_mut().filter(|it| it.captures == capture.captures);
+        let trail = trail.ok_or(Error::Phase("captured by somebody else meanwhile"))?;
+        while capture.cost.rounds < ROUNDS_MAX {
             let written = trail.news(parts)?;
-            let written = match cost.rounds {
-                0 => trail.written.clone(),
-                _ => written,
-            };
-            copying.copy(&written)?;
-            cost.rounds += 1;
-            cost.copied_running += written.count();
-            let is_small = written.count() <= FEW;
-            if (is_small || cost.rounds >= ROUNDS_MAX) && is_ready() {
+            capture.copy(ram, &written)?;
+            capture.cost.rounds += 1;
+            capture.cost.copied_running += written.count();
+            if written.count() <= FEW {
                 break;
             }
         }
-        cost.stopping = Moment::now();
+        capture.cost.stopping = Moment::now();
         let stopped = self.pause().and_then(|()| {
-            cost.stopped = Moment::now();
-            let state = stopped(parts, trail, &mut copying, &mut cost)?;
+            capture.cost.stopped = Moment::now();
+            let state = stopped(parts, trail, &mut capture)?;
             watch(ram);
             Ok(state)
         });
         // Also what could not be stopped as a whole.
         self.resume()?;
-        cost.resumed = Moment::now();
+        capture.cost.resumed = Moment::now();
         let state = stopped?;
-        let mut pages = copying.pages;
+        let Capture {
+            before,
+            layer: Layer { file, mut pages },
+            mut cost,
+            ..
+        } = capture;
         cost.pages = pages.count();
-        trail.image.fold(&layer, &mut pages)?;
-        seal_unmapped(&layer)?;
-        let layer = Layer {
-            file: Arc::new(layer),
-            pages,
-        };
-        let runs = layer.pages.runs().collect();
-        let new = (Arc::clone(&layer.file), runs);
-        let image = trail.image.under(layer);
+        before.fold(&file, &mut pages)?;
+        seal_unmapped(&file)?;
+        let layer = (Arc::clone(&file), pages.runs().collect());
+        let image = before.under(Layer { file, pages });
         *trail = Trail {
             image: image.clone(),
             written: PageSet::none_of(ram.bytes()),
+            captures: trail.captures + 1,
         };
         Ok(Captured {
             image,
-            layer: new,
+            layer,
             state,
             cost,
         })
@@ -193,24 +217,23 @@ fn begin(parts: &Parts, pagemap: &File) -> Result<Trail, Error> {
     // The log first: what is written while we look is in it.
     parts.kvm.log_writes()?;
     let written = ram.own_pages(pagemap)?;
-    Ok(Trail { image, written })
+    Ok(Trail {
+        image,
+        written,
+        captures: 0,
+    })
 }
 
 /// What is done while the source is stopped.
-fn stopped(
-    parts: &Parts,
-    trail: &mut Trail,
-    copying: &mut Copying<'_>,
-    cost: &mut CaptureCost,
-) -> Result<VmState, Error> {
+fn stopped(parts: &Parts, trail: &mut Trail, capture: &mut Capture) -> Result<VmState, Error> {
     let devices = parts.devices.hold();
     let state = Vm::save(parts, &devices)?;
-    cost.saved = Moment::now();
+    capture.cost.saved = Moment::now();
     // After the vCPUs were read: KVM writes guest memory when one is put aside (steal
     // time, arch/x86/kvm/x86.c).
     let last = trail.news(parts)?;
-    copying.copy(&last)?;
-    cost.copied_stopped = last.count();
+    capture.copy(&parts.kvm.ram, &last)?;
+    capture.cost.copied_stopped = last.count();
     Ok(state)
 }
 
@@ -225,18 +248,22 @@ impl Trail {
     }
 }
 
-/// A layer that is being written.
-struct Copying<'a> {
-    ram: &'a Ram,
-    layer: &'a File,
-    /// What is in it.
-    pages: PageSet,
-}
+impl Capture {
+    /// What there is of it: the picture before, and over it what was copied, of which the
+    /// source may have written some again. For children that are to have its pages mapped
+    /// when it is done, and that touch none of them before.
+    pub fn so_far(&self) -> Image {
+        self.before.under(self.layer.clone())
+    }
 
-impl Copying<'_> {
-    fn copy(&mut self, pages: &PageSet) -> Result<(), Error> {
-        self.ram.copy_pages(pages, self.layer)?;
-        self.pages.add(pages);
+    /// The layer alone: a file that is not sealed yet, and the pages in it.
+    pub fn layer(&self) -> (&Arc<File>, Vec<Run>) {
+        (&self.layer.file, self.layer.pages.runs().collect())
+    }
+
+    fn copy(&mut self, ram: &Ram, pages: &PageSet) -> Result<(), Error> {
+        ram.copy_pages(pages, &self.layer.file)?;
+        self.layer.pages.add(pages);
         Ok(())
     }
 }

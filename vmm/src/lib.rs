@@ -32,7 +32,7 @@ mod vm;
 mod window;
 mod x86_64;
 
-pub use capture::{CaptureCost, Captured};
+pub use capture::{Capture, CaptureCost, Captured};
 pub use devices::Console;
 pub use devices::virtio::{Rate, RateLimit, RateLimits};
 pub use error::{ConfigError, Error, HostError};

@@ -75,6 +75,8 @@ pub struct Shell {
     permit: Permit,
     fds: Vec<VcpuFd>,
     made: Made,
+    /// Of vCPU 0, if it was started ahead.
+    thread: Option<Vcpu>,
 }
 
 impl Shell {
@@ -92,7 +94,17 @@ impl Shell {
             permit,
             fds,
             made,
+            thread: Some(Vcpu::spawn(0)?),
         })
+    }
+
+    /// Maps the layers of `image`, which has its base, as far as they are there: the rest
+    /// comes with [`Self::load`].
+    ///
+    /// # Errors
+    /// What mmap says.
+    pub fn lay(&mut self, image: &Image) -> Result<(), Error> {
+        self.kvm.ram.lay_over(image)
     }
 
     /// Gives it the layers of `image`, which has its base, and the state `state`.
@@ -162,7 +174,9 @@ impl Prepared {
     fn ahead(mut self) -> Result<Self, Error> {
         let this = &mut self;
         this.settle()?;
-        this.thread = Some(Vcpu::spawn(0)?);
+        if this.thread.is_none() {
+            this.thread = Some(Vcpu::spawn(0)?);
+        }
         // Ahead of time is the time for it; and a confined vCPU could not start it.
         if let Some(parts) = &this.parts.parts {
             parts.io.ensure()?;
@@ -187,6 +201,7 @@ impl Prepared {
             permit,
             fds,
             made,
+            thread: None,
         };
         Self::of(shell, state, console)
     }
@@ -199,6 +214,7 @@ impl Prepared {
             permit,
             mut fds,
             made,
+            thread,
         } = shell;
         let chips = kvm.chips(fds.len());
         let restore = || Restore {
@@ -233,7 +249,7 @@ impl Prepared {
             },
             state: Arc::clone(state),
             first,
-            thread: None,
+            thread,
             console,
             made,
             loaded: Moment::now(),

@@ -1,7 +1,8 @@
 //! The fork of a child that runs.
 //!
 //! ```text
-//!   the children's VMs are made | the source is captured | they get memory, state, identity
+//!   children  made | ............ | mapped | ............... | the rest, state, identity
+//!   source    runs | pages copied | runs   | again, and stops | runs on
 //! ```
 //! See `vmm/src/capture.rs` for what happens to the source.
 
@@ -12,7 +13,7 @@ use crate::pool::Place;
 use crate::request::Request;
 use crate::stages::ForkPath;
 use crate::template::{ForkSpec, Kind, Template};
-use crate::worker::{Remote, Workers};
+use crate::worker::{Remote, Workers, write_record};
 use std::sync::Arc;
 use vmm::{CaptureCost, Image, Shell};
 
@@ -54,8 +55,10 @@ impl Child {
         let requests = requests.collect::<Result<Vec<_>, _>>()?;
         let image = self.machine.image()?;
         let vcpus = self.vcpus;
-        let waiting = make(place, &self.template.host, &image, vcpus, requests.len())?;
-        let (image, state, cost) = self.machine.capture()?;
+        let mut waiting = make(place, &self.template.host, &image, vcpus, requests.len())?;
+        let capturing = self.machine.begin_capture()?;
+        lay(&mut waiting, &capturing.so_far())?;
+        let (image, state, cost) = self.machine.finish_capture(capturing)?;
         let template = Template::of(&self.template, image, state);
         let children = start(&template, waiting, requests);
         Ok(LiveFork { children, cost })
@@ -94,6 +97,21 @@ fn spawn(
         Ok(remote)
     };
     (0..count).map(spawn).collect()
+}
+
+/// Maps what there is of the memory, while the source runs.
+fn lay(waiting: &mut [Waiting], image: &Image) -> Result<(), Error> {
+    let record = write_record(None, image).map_err(Error::Process)?;
+    for waiting in waiting.iter_mut() {
+        match waiting {
+            Waiting::Here(shell) => shell.lay(image)?,
+            Waiting::Worker(remote) => remote.lay(image, &record)?,
+        }
+    }
+    waiting.iter_mut().try_for_each(|waiting| match waiting {
+        Waiting::Here(_) => Ok(()),
+        Waiting::Worker(remote) => remote.laid(),
+    })
 }
 
 /// Lets them go on as children. All are asked before any is waited for.

@@ -12,20 +12,20 @@ use vmm::{Image, Run, VmState};
 const RECORD_MAX: u64 = 16 << 20;
 
 /// What is no memory: the state, and which pages are in which layer.
-type Record = (VmState, Vec<Vec<Run>>);
+pub(crate) type Record = (Option<VmState>, Vec<Vec<Run>>);
 
-/// Writes all but the files of the memory.
-pub(crate) fn write_record(state: &VmState, image: &Image) -> io::Result<File> {
+/// Writes all but the files of the memory; without a state of one that still runs.
+pub(crate) fn write_record(state: Option<&VmState>, image: &Image) -> io::Result<File> {
     let layers = image.layers().map(|(_, runs)| runs).collect();
     write(state, layers)
 }
 
 /// The same of one layer over what its reader knows.
-pub(crate) fn write_layer_record(state: &VmState, runs: Vec<Run>) -> io::Result<File> {
+pub(crate) fn write_layer_record(state: Option<&VmState>, runs: Vec<Run>) -> io::Result<File> {
     write(state, vec![runs])
 }
 
-fn write(state: &VmState, layers: Vec<Vec<Run>>) -> io::Result<File> {
+fn write(state: Option<&VmState>, layers: Vec<Vec<Run>>) -> io::Result<File> {
     let bytes = postcard::to_stdvec(&(state, layers)).map_err(io::Error::other)?;
     sealed(&bytes)
 }
@@ -45,14 +45,15 @@ pub(crate) fn files<'a>(image: &'a Image, record: &'a File) -> Vec<BorrowedFd<'a
 }
 
 /// Reads a picture of `memory` bytes from descriptors in the order of [`files`]. The base
-/// is taken as it is: see [`Image::from_file`].
+/// is taken as it is: see [`Image::from_file`]. Without a state its layers are still being
+/// written.
 ///
 /// # Errors
 /// One line.
 pub(crate) fn read(
     memory: u64,
     mut files: impl Iterator<Item = File>,
-) -> Result<(Image, VmState), String> {
+) -> Result<(Image, Option<VmState>), String> {
     let (Some(base), Some(record)) = (files.next(), files.next()) else {
         return Err("a picture without memory or state".into());
     };
@@ -61,7 +62,11 @@ pub(crate) fn read(
     let mut image = Image::from_file(base, memory).map_err(|e| e.to_string())?;
     for runs in layers {
         let file = files.next().ok_or("a picture without a layer")?;
-        image = image.with_layer(file, &runs).map_err(|e| e.to_string())?;
+        let with = match state {
+            Some(_) => image.with_layer(file, &runs),
+            None => image.with_growing(file, &runs),
+        };
+        image = with.map_err(|e| e.to_string())?;
     }
     Ok((image, state))
 }

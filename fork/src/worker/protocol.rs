@@ -4,6 +4,8 @@
 //!   owner                        worker
 //!   Make     a base        -->   makes a VM
 //!                          <--   Made
+//!   Lay      half a picture -->  gives it memory          (of a source that runs)
+//!                          <--   Laid
 //!   Load     a picture     -->   gives it memory and state, waits
 //!                          <--   Loaded
 //!   Start    disks         -->   identity, clocks, run
@@ -28,6 +30,12 @@ pub(crate) enum ToWorker {
         /// Guest memory, in bytes.
         memory: u64,
         vcpus: u8,
+    },
+    /// Give it memory, as far as there is some. With it: the files of a picture
+    /// (`picture.rs`) without a state.
+    Lay {
+        /// Guest memory, in bytes.
+        memory: u64,
     },
     /// Give it memory and state. With it: the files of a picture (`picture.rs`), whose
     /// base is that of the VM.
@@ -63,8 +71,10 @@ pub(crate) enum ToWorker {
     Connect { port: u32 },
     /// Tell the guest's last words.
     LastWords,
-    /// Take a picture of the guest, which runs on.
-    Capture,
+    /// Begin a picture of the guest, which runs on.
+    BeginCapture,
+    /// Take the picture that was begun.
+    FinishCapture,
     /// Freeze the guest, which is at its fork point.
     Freeze,
 }
@@ -73,6 +83,7 @@ pub(crate) enum ToWorker {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum FromWorker {
     Made,
+    Laid,
     Loaded,
     Started {
         timeline: Timeline,
@@ -85,8 +96,10 @@ pub(crate) enum FromWorker {
     /// With it: the stream.
     Connected,
     LastWords(Vec<String>),
-    /// With it: the layer with what it has written since the last picture, and the record
-    /// of that and of the rest.
+    /// With it: the layer that the picture is to have, which is not sealed yet, and the
+    /// record of the pages in it.
+    Copied,
+    /// With it: the record of the pages in the layer, and of the state.
     Captured(CaptureCost),
     /// With it: the memory, and the record of the rest.
     Frozen {

@@ -19,7 +19,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vmm::{CaptureCost, Image, Moment, Timeline, VmState};
+use vmm::{CaptureCost, Image, Moment, Run, Timeline, VmState};
 
 /// The most news that are kept while an answer is waited for. A guest makes one of each
 /// kind at most; a worker that sends more is not ours any longer.
@@ -102,24 +102,52 @@ impl Remote {
         self.image.as_ref().ok_or(Error::State("has no memory yet"))
     }
 
-    /// See [`vmm::Vm::capture`].
-    pub(crate) fn capture(&mut self) -> Result<(Image, VmState, CaptureCost), Error> {
-        self.ask(&ToWorker::Capture, &[])?;
-        let (cost, with) = match self.answer()? {
-            (FromWorker::Captured(cost), with) => (cost, with),
+    /// Asks it to map the layers of an image that is not whole yet.
+    pub(crate) fn lay(&self, image: &Image, record: &File) -> Result<(), Error> {
+        let memory = image.bytes();
+        self.ask(&ToWorker::Lay { memory }, &picture::files(image, record))
+    }
+
+    /// Waits until it has.
+    pub(crate) fn laid(&mut self) -> Result<(), Error> {
+        match self.answer()? {
+            (FromWorker::Laid, _) => Ok(()),
+            (other, _) => Err(odd(&other)),
+        }
+    }
+
+    /// See [`vmm::Vm::begin_capture`]: the image as far as it is there, and its new layer.
+    pub(crate) fn begin_capture(&mut self) -> Result<(Image, File), Error> {
+        self.ask(&ToWorker::BeginCapture, &[])?;
+        let with = match self.answer()? {
+            (FromWorker::Copied, with) => with,
             (other, _) => return Err(odd(&other)),
         };
         let mut with = with.into_iter().map(File::from);
         let (Some(layer), Some(record)) = (with.next(), with.next()) else {
-            return Err(odd(&FromWorker::Captured(cost)));
+            return Err(odd(&FromWorker::Copied));
         };
-        let record = read_record(&record).map_err(|e| Error::WorkerGone(e.to_string()));
-        let (state, runs) = record?;
+        let runs = layer_runs(read_record(&record))?.1;
+        let file = layer.try_clone().map_err(Error::Process)?;
+        Ok((self.image()?.with_growing(file, &runs)?, layer))
+    }
+
+    /// See [`vmm::Vm::finish_capture`]; `layer` is what was begun.
+    pub(crate) fn finish_capture(
+        &mut self,
+        layer: File,
+    ) -> Result<(Image, VmState, CaptureCost), Error> {
+        self.ask(&ToWorker::FinishCapture, &[])?;
+        let (cost, with) = match self.answer()? {
+            (FromWorker::Captured(cost), with) => (cost, with),
+            (other, _) => return Err(odd(&other)),
+        };
+        let record = with.into_iter().map(File::from).next();
+        let record = record.ok_or_else(|| odd(&FromWorker::Captured(cost)))?;
+        let (state, runs) = layer_runs(read_record(&record))?;
+        let state = state.ok_or_else(|| odd(&FromWorker::Captured(cost)))?;
         state.check()?;
-        let image = match &runs[..] {
-            [runs] => self.image()?.with_layer(layer, runs)?,
-            _ => return Err(odd(&FromWorker::Captured(cost))),
-        };
+        let image = self.image()?.with_layer(layer, &runs)?;
         self.image = Some(image.clone());
         Ok((image, state, cost))
     }
@@ -241,6 +269,7 @@ impl Remote {
         let image = Image::sealed(image, memory)?;
         let record = read_record(&state).map_err(|e| Error::WorkerGone(e.to_string()));
         let (state, _) = record?;
+        let state = state.ok_or_else(|| odd(&FromWorker::Frozen { memory }))?;
         state.check()?;
         Ok((image, state))
     }
@@ -332,6 +361,14 @@ impl Remote {
 impl AsFd for Remote {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+/// Of a record of one layer.
+fn layer_runs(record: io::Result<picture::Record>) -> Result<(Option<VmState>, Vec<Run>), Error> {
+    match record.map_err(|e| Error::WorkerGone(e.to_string()))? {
+        (state, mut layers) if layers.len() == 1 => Ok((state, layers.pop().unwrap_or_default())),
+        _ => Err(Error::WorkerGone("it has sent no single layer".into())),
     }
 }
 

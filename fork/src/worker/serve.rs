@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use vm_run_abi::identity;
-use vmm::{Birth, Disks, EventSink, Host, Image, Prepared, Shell, Tap, Vm};
+use vmm::{Birth, Capture, Disks, EventSink, Host, Image, Prepared, Shell, Tap, Vm};
 
 /// Serves its owner until that is gone.
 pub(crate) fn run(host: Host, socket: OwnedFd) -> io::Result<()> {
@@ -17,6 +17,7 @@ pub(crate) fn run(host: Host, socket: OwnedFd) -> io::Result<()> {
         host: Arc::new(host),
         socket: Arc::new(socket),
         life: Life::Blank,
+        capture: None,
     };
     while let Some((request, descriptors)) = packet::receive(&worker.socket)? {
         match worker.fulfil(request, descriptors) {
@@ -34,6 +35,8 @@ struct Worker {
     host: Arc<Host>,
     socket: Arc<OwnedFd>,
     life: Life,
+    /// A picture of its guest that was begun.
+    capture: Option<Capture>,
 }
 
 /// It only goes forward; a step that failed leaves it over.
@@ -61,11 +64,21 @@ impl Worker {
                 self.life = Life::Made(Box::new(shell));
                 Ok((FromWorker::Made, Vec::new()))
             }
-            ToWorker::Load { memory } => {
-                let Life::Made(shell) = self.take_life() else {
+            ToWorker::Lay { memory } => {
+                let Life::Made(mut shell) = self.take_life() else {
                     return Err(out_of_turn());
                 };
-                let (image, state) = picture::read(memory, with)?;
+                let (image, _) = picture::read(memory, with)?;
+                shell.lay(&image).map_err(|e| e.to_string())?;
+                self.life = Life::Made(shell);
+                Ok((FromWorker::Laid, Vec::new()))
+            }
+            ToWorker::Load { memory } => {
+                let (Life::Made(shell), (image, Some(state))) =
+                    (self.take_life(), picture::read(memory, with)?)
+                else {
+                    return Err(out_of_turn());
+                };
                 let prepared = shell.load(&image, &Arc::new(state));
                 let prepared = prepared.map_err(|e| e.to_string())?;
                 self.life = Life::Prepared(Box::new(prepared));
@@ -131,7 +144,23 @@ impl Worker {
                 let words = last_words(self.vm()?.console_tail(CONSOLE_LINES));
                 Ok((FromWorker::LastWords(words), Vec::new()))
             }
-            ToWorker::Capture => capture(self.vm()?),
+            ToWorker::BeginCapture => {
+                let capture = self.vm()?.begin_capture().map_err(|e| e.to_string())?;
+                let (layer, runs) = capture.layer();
+                let record = write_layer_record(None, runs).map_err(handing_over)?;
+                let layer = layer.try_clone().map_err(handing_over)?;
+                self.capture = Some(capture);
+                Ok((FromWorker::Copied, vec![layer.into(), record.into()]))
+            }
+            ToWorker::FinishCapture => {
+                let capture = self.capture.take().ok_or_else(out_of_turn)?;
+                let captured = self.vm()?.finish_capture(capture);
+                let captured = captured.map_err(|e| e.to_string())?;
+                let (_, runs) = captured.layer;
+                let record = write_layer_record(Some(&captured.state), runs);
+                let record = record.map_err(handing_over)?;
+                Ok((FromWorker::Captured(captured.cost), vec![record.into()]))
+            }
             ToWorker::Freeze => {
                 let Life::Running(vm) = self.take_life() else {
                     return Err(out_of_turn());
@@ -181,29 +210,20 @@ impl Worker {
     }
 }
 
-fn capture(vm: &Vm) -> Result<Answer, String> {
-    let captured = vm.capture(|| true).map_err(|e| e.to_string())?;
-    let (layer, runs) = captured.layer;
-    let failed = |e: io::Error| format!("a picture of the guest cannot be handed over: {e}");
-    let record = write_layer_record(&captured.state, runs).map_err(failed)?;
-    let layer = layer.try_clone().map_err(failed)?;
-    Ok((
-        FromWorker::Captured(captured.cost),
-        vec![layer.into(), record.into()],
-    ))
-}
-
 fn freeze(vm: Vm) -> Result<Answer, String> {
     vm.pause().map_err(|e| e.to_string())?;
     let (image, state) = vm.freeze().map_err(|e| e.to_string())?;
     let memory = image.bytes();
-    let failed = |e: io::Error| format!("a frozen guest cannot be handed over: {e}");
-    let file = image.base().try_clone().map_err(failed)?;
-    let state = write_record(&state, &image).map_err(failed)?;
+    let file = image.base().try_clone().map_err(handing_over)?;
+    let state = write_record(Some(&state), &image).map_err(handing_over)?;
     Ok((
         FromWorker::Frozen { memory },
         vec![file.into(), state.into()],
     ))
+}
+
+fn handing_over(error: io::Error) -> String {
+    format!("a guest's memory and state cannot be handed over: {error}")
 }
 
 fn out_of_turn() -> String {

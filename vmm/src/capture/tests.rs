@@ -2,7 +2,7 @@ use super::*;
 use crate::machine::{Disks, Event, EventSink};
 use crate::payload::Payload;
 use crate::payload::micro::Program;
-use crate::prepared::{Birth, Prepared};
+use crate::prepared::{Birth, Shell};
 use crate::vm::VmConfig;
 use crate::{Console, Host};
 use std::sync::mpsc;
@@ -156,11 +156,13 @@ fn await_writes(ram: &Ram, vcpus: u8) {
 }
 
 /// What a child would restore is what was saved.
-fn assert_restored(host: &Arc<Host>, captured: &Captured) {
+fn assert_restored(shell: Shell, captured: &Captured) {
     let state = Arc::new(captured.state.clone());
-    let prepared = Prepared::new(host, &captured.image, &state).expect("made");
+    let prepared = shell.load(&captured.image, &state).expect("loaded");
     let (restored, saved) = (prepared.first_state(), &state.vcpus[0]);
     assert_eq!(restored.regs, saved.regs);
+    assert_eq!(restored.sregs, saved.sregs);
+    assert_eq!(restored.xcrs, saved.xcrs);
     assert_eq!(restored.lapic.regs, saved.lapic.regs);
     assert_eq!(restored.events, saved.events);
 }
@@ -185,10 +187,19 @@ fn is_its_source(vcpus: u8) {
         await_writes(ram, vcpus);
         let mut oracle = Vec::new();
         let watch = |ram: &Ram| oracle = copy_all(ram, &host.pagemap);
-        let captured = source.capture_watched(|| true, watch).expect("captured");
+        let capture = source.begin_capture().expect("begun");
+        // A child maps what there is while the source still writes it.
+        let so_far = capture.so_far();
+        let mut child = Ram::private(&so_far).expect("mapped");
+        let shell = (fork % 32 == 0).then(|| {
+            let mut shell = Shell::new(&host, &so_far, vcpus).expect("made");
+            shell.lay(&so_far).expect("mapped");
+            shell
+        });
+        let captured = source.finish_watched(capture, watch).expect("captured");
         rounds += captured.cost.rounds;
         stopped += captured.cost.copied_stopped;
-        let child = Ram::private(&captured.image).expect("mapped");
+        child.lay_over(&captured.image).expect("mapped");
         let mut seen = Vec::new();
         for (at, bytes) in &oracle {
             seen.resize(bytes.len(), 0);
@@ -203,8 +214,8 @@ fn is_its_source(vcpus: u8) {
                 "fork {fork}: vCPU {vcpu} is {behind} ahead of its memory"
             );
         }
-        if fork % 32 == 0 {
-            assert_restored(&host, &captured);
+        if let Some(shell) = shell {
+            assert_restored(shell, &captured);
         }
         if fork % 100 == 0 {
             let state = Arc::new(captured.state);

@@ -80,6 +80,15 @@ impl Image {
     /// A file of another length, too many layers, or pages that the memory does not have.
     pub fn with_layer(&self, file: File, runs: &[Run]) -> Result<Self, Error> {
         seal_unmapped(&file)?;
+        self.with_growing(file, runs)
+    }
+
+    /// The same while the layer is still being written: see
+    /// [`Capture::so_far`](crate::Capture::so_far).
+    ///
+    /// # Errors
+    /// As [`Self::with_layer`].
+    pub fn with_growing(&self, file: File, runs: &[Run]) -> Result<Self, Error> {
         check_length(&file, self.bytes)?;
         let mut pages = PageSet::none_of(self.bytes);
         for run in runs {

@@ -93,10 +93,17 @@ impl Ram {
         })
     }
 
-    /// Maps the layers of an image over its base, which this is. Nobody has used it yet.
+    /// Maps the layers of an image over its base, which this is; of a file that was laid
+    /// before only the pages that were not. Nobody has used it yet.
     pub(crate) fn lay_over(&mut self, image: &Image) -> Result<(), Error> {
         for layer in image.all_layers() {
-            self.lay(layer)?;
+            let mut new = layer.clone();
+            for laid in self.image().iter().flat_map(|laid| laid.all_layers()) {
+                if same_file(&laid.file, &layer.file)? {
+                    new.pages.remove(&laid.pages);
+                }
+            }
+            self.lay(&new)?;
         }
         self.over = Over::Private(image.clone());
         Ok(())
@@ -353,6 +360,13 @@ fn copy_range(from: &File, to: &File, range: Range<u64>) -> io::Result<()> {
         to.write_all_at(part, at)?;
     }
     Ok(())
+}
+
+/// Whether two descriptors are of one file.
+fn same_file(one: &File, other: &File) -> Result<bool, Error> {
+    let id = |file| rustix::fs::fstat(file).map(|found| (found.st_dev, found.st_ino));
+    let [one, other] = [id(one), id(other)].map(|id| id.map_err(Error::memory("fstat")));
+    Ok(one? == other?)
 }
 
 /// Whether an entry of the page map is a page of the process's own: present or
