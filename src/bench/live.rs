@@ -103,17 +103,19 @@ fn template(bench: &LiveBench, host: &Arc<Host>) -> Result<Template> {
         runs > 0 && bench.dirty <= room,
         "--dirty: no more than there is"
     );
-    let writes = (u64::from(host.tsc_khz()?) * 1000).saturating_mul(PAGE) / bench.pace;
+    let ticks = (u64::from(host.tsc_khz()?) * 1000).saturating_mul(PAGE) / bench.pace;
+    // It must not be through before it is forked, and its pace known: making many children
+    // ready takes a while.
+    let phase = WINDOW * 4 + Duration::from_millis(10) * bench.children as u32;
     let load = LiveLoad {
         first,
         runs,
         stride: room / runs / PAGE * PAGE,
         pages: bench.run / PAGE,
-        ticks: writes,
+        ticks,
         area: 8 * MIB,
         area_pages: AREA / PAGE,
-        // Some three windows.
-        writes: bench.pace * 3 * WINDOW.as_millis() as u64 / 1000 / PAGE,
+        writes: bench.pace * phase.as_millis() as u64 / 1000 / PAGE,
     };
     let spec = BootSpec {
         memory: bench.memory,
