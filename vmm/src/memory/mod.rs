@@ -95,7 +95,14 @@ impl Ram {
 
     /// Maps the layers of an image over its base, which this is; of a file that was laid
     /// before only the pages that were not. Nobody has used it yet.
+    ///
+    /// # Errors
+    /// An image over another base, or what mmap says.
     pub(crate) fn lay_over(&mut self, image: &Image) -> Result<(), Error> {
+        let base = self.image().map(Image::base);
+        if !base.is_some_and(|base| same_file(base, image.base()).unwrap_or(false)) {
+            return Err(Error::State("its image has another base".into()));
+        }
         for layer in image.all_layers() {
             let mut new = layer.clone();
             for laid in self.image().iter().flat_map(|laid| laid.all_layers()) {
@@ -317,20 +324,22 @@ pub(crate) fn memory_file(bytes: u64) -> Result<File, Error> {
 /// Seals a file that somebody may have mapped: the kernel refuses while a writable shared
 /// mapping is left. To be called on a file that is sealed already, too.
 fn seal(file: &File) -> Result<(), Error> {
-    add_seals(file, SealFlags::WRITE)
+    add_seals(file, SealFlags::WRITE | SealFlags::SEAL)
 }
 
-/// Seals a file that nobody has ever mapped to write it: nobody can from now on, nor write
-/// it in any other way. F_SEAL_WRITE would have to be sure of that, and wait until no page
-/// is on a list of another CPU's (linux mm/memfd.c, memfd_wait_for_pins): milliseconds,
-/// and EBUSY now and then.
+/// Seals a file that this process has made and nobody has mapped to write it: nobody can
+/// from now on, nor write it in any other way. F_SEAL_WRITE would have to be sure of that,
+/// and wait until no page is on a list of another CPU's (linux mm/memfd.c,
+/// memfd_wait_for_pins): milliseconds, and EBUSY now and then. Whoever gets the file from
+/// this process can still ask for that.
 pub(crate) fn seal_unmapped(file: &File) -> Result<(), Error> {
     add_seals(file, SealFlags::FUTURE_WRITE)
 }
 
-fn add_seals(file: &File, writes: SealFlags) -> Result<(), Error> {
-    let all = writes | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-    if fcntl_get_seals(file).map_err(Error::memory("F_GET_SEALS"))? == all {
+fn add_seals(file: &File, more: SealFlags) -> Result<(), Error> {
+    let all = more | SealFlags::SHRINK | SealFlags::GROW;
+    let there = fcntl_get_seals(file).map_err(Error::memory("F_GET_SEALS"))?;
+    if there.contains(all) {
         return Ok(());
     }
     fcntl_add_seals(file, all).map_err(Error::memory("F_ADD_SEALS"))
@@ -433,6 +442,9 @@ mod tests {
         assert_eq!(read(&grandchild, 40 * MIB), b'w');
         assert_eq!(read(&Ram::private(&image).expect("map"), 6 * MIB), b'p');
         assert!(second.base().write_at(b"x", 0).is_err(), "sealed");
+        // As whoever gets it from another process wants it.
+        let file = second.base().try_clone().expect("cloned");
+        Image::sealed(file, 64 * MIB).expect("sealed for good");
     }
 
     #[test]
