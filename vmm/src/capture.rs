@@ -32,6 +32,10 @@ const FEW: u64 = 32;
 /// A source that writes faster than it is copied is stopped after so many rounds.
 const ROUNDS_MAX: u32 = 12;
 
+/// The most runs of pages that a layer begins with. Each is a mapping of each child, and a
+/// process has 65530 (Linux vm.max_map_count), for all layers of an image.
+const RUNS_MAX: usize = 16 << 10;
+
 const NOT_FORKED: &str = "booted and not forked: freeze it first";
 
 /// What is known of a VM's memory since it was last captured.
@@ -137,8 +141,11 @@ impl Vm {
             },
         };
         trail.news(parts)?;
-        capture.cost.copied_running = trail.written.count();
-        capture.copy(&parts.kvm.ram, &trail.written)?;
+        // What was not written is what it was before: copied too, it does no harm.
+        let mut first = trail.written.clone();
+        first.widen(RUNS_MAX);
+        capture.cost.copied_running = first.count();
+        capture.copy(&parts.kvm.ram, &first)?;
         Ok(capture)
     }
 

@@ -67,6 +67,22 @@ impl PageSet {
         }
     }
 
+    /// Fills gaps, the smallest first, until there are no more runs than `most`: each block
+    /// of pages that has one has all.
+    pub(crate) fn widen(&mut self, most: usize) {
+        let mut block = 2;
+        while self.runs().count() > most {
+            let runs: Vec<Run> = self.runs().collect();
+            for run in runs {
+                let first = run.first / block * block;
+                let end = (run.first + run.count).next_multiple_of(block);
+                let count = end - first;
+                self.insert(Run { first, count });
+            }
+            block *= 2;
+        }
+    }
+
     /// How many there are.
     pub(crate) fn count(&self) -> u64 {
         self.words
@@ -141,6 +157,19 @@ mod tests {
         assert_eq!(runs(&of(&[(3, 2), (5, 1)])), [(3, 3)]);
         let run = Run { first: 3, count: 2 };
         assert_eq!(run.bytes(), 0x3000..0x5000);
+    }
+
+    #[test]
+    fn gaps_are_filled_until_there_are_few_runs() {
+        let mut pages = of(&[(1, 1), (4, 1), (6, 1), (64, 1), (511, 1)]);
+        pages.widen(5);
+        assert_eq!(pages.count(), 5);
+        pages.widen(4);
+        assert_eq!(runs(&pages), [(0, 2), (4, 4), (64, 2), (510, 2)]);
+        pages.widen(3);
+        assert_eq!(runs(&pages), [(0, 8), (64, 4), (508, 4)]);
+        pages.widen(1);
+        assert_eq!(runs(&pages), [(0, 512)]);
     }
 
     #[test]
