@@ -1,6 +1,7 @@
 //! `vm-run bench live`: what a fork takes of a source that runs, and when its children do.
 //! docs/benchmark.md says where each clock starts and stops.
 
+use super::plot::{self, Line, Panel};
 use super::report::{Samples, micros};
 use crate::args::size;
 use crate::doctor;
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -53,6 +55,9 @@ pub struct LiveBench {
     /// Then forks of a fork of a fork, so deep
     #[arg(long, value_name = "LEVELS", default_value_t = 0)]
     pub depth: u32,
+    /// Measure guests of many sizes, and draw what they take into this file (SVG)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "dirty", "depth"])]
+    pub plot: Option<PathBuf>,
     #[command(flatten)]
     pub jail: JailArgs,
     /// Print one JSON object
@@ -71,6 +76,9 @@ pub fn cli(bench: &LiveBench) -> Result<()> {
     );
     let host = Arc::new(Host::open()?);
     let facts = doctor::host_facts(&host);
+    if let Some(file) = &bench.plot {
+        return plotted(bench, &host, &facts, file);
+    }
     let template = template(bench, &host)?;
     let place = Place::Workers(workers::start_aloud(bench.jail)?);
     let run = measure(bench, &template, &place)?;
@@ -87,6 +95,61 @@ pub fn cli(bench: &LiveBench) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What is drawn: guests of so many MiB, of which so many are written between two forks.
+const SIZES: [u64; 5] = [256, 512, 1024, 2048, 4096];
+const DIRTY: [u64; 3] = [4, 16, 64];
+
+fn plotted(bench: &LiveBench, host: &Arc<Host>, facts: &Value, file: &Path) -> Result<()> {
+    let place = Place::Workers(workers::start_aloud(bench.jail)?);
+    let mut panels = [
+        ("pause of the source, ms, p50", "pause_us"),
+        (
+            "then to the first child's first instruction, ms, p50",
+            "first_child_us",
+        ),
+    ]
+    .map(|(title, figure)| {
+        (
+            figure,
+            Panel {
+                title,
+                lines: Vec::new(),
+            },
+        )
+    });
+    let mut out = std::io::stdout().lock();
+    for dirty in DIRTY {
+        let mut points = panels.each_ref().map(|_| Vec::new());
+        for size in SIZES {
+            let bench = LiveBench {
+                memory: size * MIB,
+                dirty: dirty * MIB,
+                ..bench.clone()
+            };
+            let run = measure(&bench, &template(&bench, host)?, &place)?;
+            for ((figure, _), points) in panels.iter().zip(&mut points) {
+                let us = run[figure]["p50"].as_f64().context("a figure is missing")?;
+                points.push((size, us / 1000.0));
+            }
+            writeln!(out, "{run}")?;
+        }
+        for ((_, panel), points) in panels.iter_mut().zip(points) {
+            let dirty_mib = dirty;
+            panel.lines.push(Line { dirty_mib, points });
+        }
+    }
+    let footnote = format!(
+        "named by what is written between two forks, in runs of {} KiB; {} forks each; {} on {}, Linux {}",
+        bench.run >> 10,
+        bench.n,
+        facts["kvm"].as_str().unwrap_or_default(),
+        facts["cpu"].as_str().unwrap_or_default(),
+        facts["kernel"].as_str().unwrap_or_default(),
+    );
+    let svg = plot::draw(&panels.map(|(_, panel)| panel), &footnote);
+    std::fs::write(file, svg).with_context(|| format!("cannot write {}", file.display()))
 }
 
 fn template(bench: &LiveBench, host: &Arc<Host>) -> Result<Template> {

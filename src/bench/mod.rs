@@ -3,6 +3,7 @@
 
 mod live;
 mod measure;
+mod plot;
 mod report;
 
 pub use live::LiveBench;
