@@ -296,6 +296,9 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
     if args.connections.is_some() {
         bail!("--connections is for a template with a container inside, and this one has none");
     }
+    if let Some(word) = args.words.first().filter(|word| word.starts_with('-')) {
+        bail!("there is no option {word}: see --help");
+    }
     let store = Store::open(root)?;
     let (config, command) = match &args.rootfs {
         Some(path) => {

@@ -45,6 +45,7 @@ fn what_is_not_there_or_out_of_bounds_is_refused_before_anything_is_made() {
     for (part, words) in [
         ("no-such-image", &["no-such-image", "true"][..]),
         ("IMAGE", &[]),
+        ("no option --no-such", &["--no-such", "busybox", "true"]),
         ("/no/such/dir", &["--rootfs", "/no/such/dir", "true"]),
         ("6MB", &["--memory", "1m", "busybox", "true"]),
         ("more than", &["--memory", "4096g", "busybox", "true"]),
