@@ -1,6 +1,6 @@
 //! Standard streams, signals, the exit status.
 
-use crate::support::{Call, python};
+use crate::support::{Call, own_root, python};
 use rustix::process::Signal;
 use sha2::{Digest, Sha256};
 
@@ -37,6 +37,33 @@ fn eight_mebibytes_of_random_bytes_come_back_the_same() {
     assert_eq!((ran.status, ran.err()), (0, String::new()));
     assert_eq!(ran.stdout.len(), bytes.len());
     assert_eq!(Sha256::digest(&ran.stdout), Sha256::digest(&bytes));
+}
+
+/// Longer than the end of a process waits for outputs that somebody else holds open.
+#[test]
+fn who_reads_slowly_misses_nothing_of_a_run_and_of_an_exec() {
+    const SLOWLY: &str = r#""$0" "$@" | { sleep 8; wc -c; }"#;
+    // More than all that lies between holds.
+    const LONG: &str = "head -c 6000000 /dev/zero";
+    let ran = Call::run(&["busybox", "sh", "-c", LONG])
+        .under("sh", &["-c", SLOWLY])
+        .end();
+    assert_eq!(ran.out().trim(), "6000000", "{ran}");
+    let own = own_root();
+    let kept = ["-d", "--name", "it", "busybox", "sleep", "1000"];
+    let started = Call::run_to_keep(own.path(), &kept).end();
+    assert_eq!(started.status, 0, "{started}");
+    let ran = Call::vm_run_in(own.path(), &["exec", "it", "sh", "-c", LONG])
+        .under("sh", &["-c", SLOWLY])
+        .end();
+    assert_eq!(ran.out().trim(), "6000000", "{ran}");
+    // Something in the background that holds an output open is not waited for, though it
+    // writes now and then.
+    let held = "while :; do echo; sleep 1; done & echo over";
+    let ran = Call::vm_run_in(own.path(), &["exec", "it", "sh", "-c", held]).end();
+    assert!(ran.status == 0 && ran.out().contains("over"), "{ran}");
+    let removed = Call::vm_run_in(own.path(), &["rm", "-f", "it"]).end();
+    assert_eq!(removed.status, 0, "{removed}");
 }
 
 #[test]

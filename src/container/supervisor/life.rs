@@ -30,6 +30,8 @@ pub enum Order {
     Pause(SyncSender<Result<()>>),
     Unpause(SyncSender<Result<()>>),
     Stats(SyncSender<Result<Stats>>),
+    /// All that its first process has written has gone to whoever watches.
+    HeardOut,
     /// End the virtual machine, whatever runs in it.
     End,
 }
@@ -357,7 +359,7 @@ impl Life {
         loop {
             match self.child.next_exit(bell.as_fd())? {
                 Some((process, status)) if process == self.main_id => {
-                    self.main.drain(Some(DRAIN));
+                    self.hear_out()?;
                     return Ok(status.code());
                 }
                 // A container that was beside the command, or has been told of.
@@ -382,6 +384,28 @@ impl Life {
         }
     }
 
+    /// Waits until what the first process has written has gone to whoever watches: one who
+    /// reads slowly is to miss nothing. Who ends the container waits for nobody.
+    fn hear_out(&mut self) -> Result<()> {
+        let (main, way) = (Arc::clone(&self.main), self.way.clone());
+        std::thread::Builder::new()
+            .name("drain".into())
+            .stack_size(128 << 10)
+            .spawn(move || {
+                main.drain(Some(DRAIN));
+                way.send(Order::HeardOut);
+            })
+            .context("cannot start a thread")?;
+        // It ends with an order, for we have a way to ourselves.
+        while let Ok(order) = self.orders.recv() {
+            match order {
+                Order::HeardOut | Order::End => break,
+                order => self.obey(order),
+            }
+        }
+        Ok(())
+    }
+
     /// Whoever asks and has gone since needs no answer.
     fn obey(&mut self, order: Order) {
         match order {
@@ -402,7 +426,7 @@ impl Life {
             Order::Stats(reply) => {
                 reply.send(self.stats()).ok();
             }
-            Order::End => {}
+            Order::HeardOut | Order::End => {}
         }
     }
 

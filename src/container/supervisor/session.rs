@@ -15,8 +15,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long the end of a process waits for outputs that something else still holds
-/// open.
+/// How long the end of a process waits in all for outputs that something else still holds
+/// open, while nothing comes of them.
 pub const DRAIN: Duration = Duration::from_secs(2);
 
 /// A client of a session: where its frames go.
@@ -36,6 +36,8 @@ struct Hub {
     clients: Vec<Arc<Client>>,
     /// Outputs that are not at their end.
     open: usize,
+    /// Those of them of which something is on its way to the clients.
+    spreading: usize,
     is_over: bool,
 }
 
@@ -92,6 +94,7 @@ impl Session {
             hub: Mutex::new(Hub {
                 clients,
                 open: outputs.len(),
+                spreading: 0,
                 is_over: false,
             }),
             changed: Condvar::new(),
@@ -155,20 +158,21 @@ impl Session {
         }
     }
 
-    /// Waits until all outputs have been copied, at most so long.
+    /// Waits until all outputs have been copied; or, with a limit, until nothing has come
+    /// for so long in all. What a client takes its time to read does not count.
     pub fn drain(&self, limit: Option<Duration>) {
-        let deadline = limit.map(|limit| Instant::now() + limit);
+        let mut left = limit;
         let mut hub = lock(&self.hub);
         while hub.open > 0 {
-            hub = match deadline.map(|at| at.saturating_duration_since(Instant::now())) {
+            hub = match &mut left {
                 Some(Duration::ZERO) => return,
-                Some(left) => {
-                    self.changed
-                        .wait_timeout(hub, left)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0
+                Some(left) if hub.spreading == 0 => {
+                    let start = Instant::now();
+                    let waited = self.changed.wait_timeout(hub, *left);
+                    *left = left.saturating_sub(start.elapsed());
+                    waited.unwrap_or_else(PoisonError::into_inner).0
                 }
-                None => self
+                Some(_) | None => self
                     .changed
                     .wait(hub)
                     .unwrap_or_else(PoisonError::into_inner),
@@ -244,13 +248,20 @@ impl Session {
             // A full disk costs the log, not the container.
             log::error!("{error:#}");
         }
-        let clients = lock(&self.hub).clients.clone();
+        let clients = {
+            let mut hub = lock(&self.hub);
+            hub.spreading += 1;
+            hub.clients.clone()
+        };
+        self.changed.notify_all();
         for client in clients {
             if let Err(error) = client.put(kind, bytes) {
                 log::debug!("a client has gone: {error}");
                 self.leave(&client);
             }
         }
+        lock(&self.hub).spreading -= 1;
+        self.changed.notify_all();
     }
 }
 
