@@ -108,6 +108,8 @@ fn what_is_not_listed_kills() {
                     Some("end"),
                     "{thread} {name}"
                 );
+                let is_refused = *name == "open-to-read";
+                assert!(!is_refused || said[0] == "open-to-read: Ok(())", "{said:?}");
             } else {
                 assert!(said.is_empty(), "{thread}: {said:?}");
                 killed += 1;
@@ -222,7 +224,9 @@ fn without_a_jail_the_lists_remain() {
         link(&format!("/proc/{pid}/ns/mnt")),
         link("/proc/self/ns/mnt")
     );
-    assert!(ask(&workers, "call main open").is_empty());
+    assert!(ask(&workers, "call main open-to-write").is_empty());
+    let refused = ask(&workers, "call io open-to-read");
+    assert_eq!(refused, ["open-to-read: Ok(())", "end"]);
     assert!(ask(&workers, "call vcpu socket-unix").is_empty());
     drop(_socket);
     assert_eq!(settled(&workers).violations, 2);

@@ -238,7 +238,18 @@ type Attempt = fn() -> io::Result<()>;
 
 /// What every thread must be killed for.
 pub const CALLS: &[(&str, Attempt)] = &[
-    ("open", || File::open("/").map(drop)),
+    ("open-to-write", || File::create("/x").map(drop)),
+    // What malloc(3) may try: it is refused, and nobody killed.
+    ("open-to-read", || match File::open("/") {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        done => done.and(Err(io::Error::other("it was opened"))),
+    }),
+    ("give-memory-back", || {
+        // Below what malloc(3) maps by itself, and more than it keeps.
+        let blocks: Vec<Vec<u8>> = (0..64).map(|_| vec![1; 100 << 10]).collect();
+        drop(blocks);
+        Ok(())
+    }),
     ("openat2", || raw(libc::SYS_openat2, [-100, 0, 0])),
     ("unlink", || fs::remove_file("/x")),
     ("socket-unix", || raw(libc::SYS_socket, [1, 1, 0])),
@@ -320,6 +331,8 @@ pub const CALLS: &[(&str, Attempt)] = &[
 pub fn allowed(thread: &str) -> &'static [&'static str] {
     match thread {
         "main" => &[
+            "open-to-read",
+            "give-memory-back",
             "memfd_create",
             "socketpair",
             "recvmsg",
@@ -330,9 +343,9 @@ pub fn allowed(thread: &str) -> &'static [&'static str] {
             "pwritev",
             "ioctl-run",
         ],
-        "vcpu" => &["ioctl-run"],
+        "vcpu" => &["open-to-read", "give-memory-back", "ioctl-run"],
         // Answers of the volumes' server come by the second.
-        _ => &["pwritev", "recvmsg"],
+        _ => &["open-to-read", "give-memory-back", "pwritev", "recvmsg"],
     }
 }
 

@@ -50,7 +50,7 @@ pub fn confine(thread: Thread) -> Result<(), Error> {
     let list = calls::of(thread, std::process::id());
     if thread == Thread::Main {
         // First: it is of no use where the list below is in force already.
-        apply_filter(&no_clone3()?)?;
+        apply_filter(&absent()?)?;
     }
     install(&list)
 }
@@ -74,11 +74,14 @@ fn install(list: &[Call]) -> Result<(), Error> {
     Ok(apply_filter(&program)?)
 }
 
-/// clone3(2) takes its flags in memory, which a filter cannot see. Told that the kernel
-/// has no such call, the C library falls back to clone(2), whose flags are looked at.
-fn no_clone3() -> Result<BpfProgram, Error> {
+/// What the C library tries, and does without where the kernel has no such call.
+fn absent() -> Result<BpfProgram, Error> {
     let enosys = SeccompAction::Errno(libc::ENOSYS as u32);
-    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let rules = BTreeMap::from([
+        // It takes its flags in memory, which a filter cannot see: clone(2)'s are looked at.
+        (libc::SYS_clone3, Vec::new()),
+        (libc::SYS_openat, calls::open_to_read().rules()?),
+    ]);
     program(rules, SeccompAction::Allow, enosys)
 }
 

@@ -146,10 +146,19 @@ fn threads() -> Vec<Call> {
     ]
 }
 
+/// malloc(3) looks into /proc/sys/vm/overcommit_memory before it first gives back memory of
+/// a thread's arena (glibc, check_may_shrink_heap), and takes no for an answer: it is
+/// answered with ENOSYS by the other filter.
+pub(super) fn open_to_read() -> Call {
+    let flags = (libc::O_RDONLY | libc::O_CLOEXEC) as u32;
+    when(ALL, libc::SYS_openat, vec![vec![Check::Is(2, flags)]])
+}
+
 /// Descriptors that were given, and those without a name. There is no open(2).
 fn files() -> Vec<Call> {
     let of_descriptor = |flags| vec![vec![Check::With(flags, libc::AT_EMPTY_PATH as u32)]];
     vec![
+        open_to_read(),
         // Eventfds; the last words to stderr.
         always(ALL, libc::SYS_read),
         always(ALL, libc::SYS_write),
