@@ -234,7 +234,18 @@ fn sweep_one(path: &Path, is_known: impl Fn() -> Result<bool>) -> Result<()> {
     };
     match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         // Whoever made it has let go: by now it is known, or never will be.
-        Ok(()) if !is_known()? => Ok(fs::remove_dir_all(path)?),
+        Ok(()) if !is_known()? => match fs::remove_dir_all(path) {
+            // Its owner was removing it too, or somebody else sweeps.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty
+                ) =>
+            {
+                Ok(())
+            }
+            done => Ok(done?),
+        },
         // Somebody is at it.
         _ => Ok(()),
     }
