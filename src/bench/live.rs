@@ -79,7 +79,7 @@ pub fn cli(bench: &LiveBench) -> Result<()> {
     if let Some(file) = &bench.plot {
         return plotted(bench, &host, &facts, file);
     }
-    let template = template(bench, &host)?;
+    let template = Arc::new(template(bench, &host)?);
     let place = Place::Workers(workers::start_aloud(bench.jail)?);
     let run = measure(bench, &template, &place)?;
     let depth = (bench.depth > 0)
@@ -246,12 +246,8 @@ fn measure(bench: &LiveBench, template: &Template, place: &Place) -> Result<Valu
 }
 
 /// A chain: each level writes its runs again, and is forked.
-fn deep(bench: &LiveBench, template: &Template, place: &Place) -> Result<Value> {
-    let pool = fork::Pool::new(
-        Arc::new(self::template(bench, template.host())?),
-        place.clone(),
-        0,
-    )?;
+fn deep(bench: &LiveBench, template: &Arc<Template>, place: &Place) -> Result<Value> {
+    let pool = fork::Pool::new(Arc::clone(template), place.clone(), 0)?;
     let mut source = pool.fork(ForkSpec::default())?;
     let mut levels = Vec::new();
     for _ in 0..=bench.depth {
