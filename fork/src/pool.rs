@@ -3,7 +3,6 @@
 
 use crate::child::Child;
 use crate::error::Error;
-use crate::machine::Machine;
 use crate::request::Request;
 use crate::stages::ForkPath;
 use crate::template::{ForkSpec, Template};
@@ -269,14 +268,7 @@ impl Shared {
         } = begun;
         match waiting {
             Waiting::Here(prepared) => self.template.fork_here(*prepared, request, path),
-            Waiting::Worker(mut remote) => {
-                let born = request.born()?;
-                remote.started()?;
-                let template = Arc::clone(self.template.info());
-                let vcpus = self.template.state().vcpus() as u8;
-                let machine = Machine::Worker(remote);
-                Ok(Child::new(machine, template, vcpus, path, born))
-            }
+            Waiting::Worker(remote) => self.template.child_in(remote, &request, path),
         }
     }
 

@@ -11,7 +11,7 @@ use crate::request::Request;
 use crate::stages::ForkPath;
 use crate::store::{self, Contents, Manifest};
 use crate::volumes::Volume;
-use crate::worker::write_record;
+use crate::worker::{Remote, write_record};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -359,11 +359,27 @@ impl Template {
         Ok((birth, rest))
     }
 
+    /// Waits until a worker runs the child that it was asked for.
+    pub(crate) fn child_in(
+        &self,
+        mut remote: Remote,
+        request: &Request,
+        path: ForkPath,
+    ) -> Result<Child, Error> {
+        let born = request.born()?;
+        remote.started()?;
+        Ok(self.child(Machine::Worker(remote), born, path))
+    }
+
+    fn child(&self, machine: Machine, born: Born, path: ForkPath) -> Child {
+        let vcpus = self.state.vcpus() as u8;
+        Child::new(machine, Arc::clone(&self.info), vcpus, path, born)
+    }
+
     fn child_here(&self, vm: Vm, unborn: Unborn, path: ForkPath) -> Child {
         let mailbox = unborn.mailbox;
         let machine = Machine::Here(Box::new(Local { vm, mailbox }));
-        let vcpus = self.state.vcpus() as u8;
-        Child::new(machine, Arc::clone(&self.info), vcpus, path, unborn.born)
+        self.child(machine, unborn.born, path)
     }
 
     /// See [`TemplateInfo::check`].
@@ -444,10 +460,6 @@ impl Template {
         let file = write_record(Some(&self.state), &self.image).map_err(Error::Process)?;
         // Another thread may have been faster, with the same bytes.
         Ok(self.record.get_or_init(|| file))
-    }
-
-    pub(crate) fn info(&self) -> &Arc<TemplateInfo> {
-        &self.info
     }
 
     /// What is inside.

@@ -8,7 +8,6 @@
 
 use super::{Child, Phase};
 use crate::error::Error;
-use crate::machine::Machine;
 use crate::pool::Place;
 use crate::request::Request;
 use crate::stages::ForkPath;
@@ -143,13 +142,8 @@ fn finish(template: &Template, waiting: Waiting, request: Request) -> Result<Chi
             template.fork_here(prepared, request, ForkPath::Live)
         }
         Waiting::Worker(mut remote) => {
-            let born = request.born()?;
             remote.loaded()?;
-            remote.started()?;
-            let info = Arc::clone(template.info());
-            let vcpus = template.state().vcpus() as u8;
-            let machine = Machine::Worker(remote);
-            Ok(Child::new(machine, info, vcpus, ForkPath::Live, born))
+            template.child_in(remote, &request, ForkPath::Live)
         }
     }
 }

@@ -16,6 +16,7 @@ use rustix::process::Pid;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::mem::discriminant;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -75,10 +76,7 @@ impl Remote {
 
     /// Waits until it has.
     pub(crate) fn made(&mut self) -> Result<(), Error> {
-        match self.answer()? {
-            (FromWorker::Made, _) => Ok(()),
-            (other, _) => Err(odd(&other)),
-        }
+        self.has(FromWorker::Made)
     }
 
     /// Asks it to give its VM the memory and the state of the template.
@@ -91,10 +89,7 @@ impl Remote {
 
     /// Waits until it has.
     pub(crate) fn loaded(&mut self) -> Result<(), Error> {
-        match self.answer()? {
-            (FromWorker::Loaded, _) => Ok(()),
-            (other, _) => Err(odd(&other)),
-        }
+        self.has(FromWorker::Loaded)
     }
 
     /// What its memory was when it was last captured, or loaded.
@@ -110,10 +105,7 @@ impl Remote {
 
     /// Waits until it has.
     pub(crate) fn laid(&mut self) -> Result<(), Error> {
-        match self.answer()? {
-            (FromWorker::Laid, _) => Ok(()),
-            (other, _) => Err(odd(&other)),
-        }
+        self.has(FromWorker::Laid)
     }
 
     /// See [`vmm::Vm::begin_capture`]: the image as far as it is there, and its new layer.
@@ -225,27 +217,18 @@ impl Remote {
 
     pub(crate) fn pause(&mut self) -> Result<(), Error> {
         self.ask(&ToWorker::Pause, &[])?;
-        match self.answer()? {
-            (FromWorker::Paused, _) => Ok(()),
-            (other, _) => Err(odd(&other)),
-        }
+        self.has(FromWorker::Paused)
     }
 
     pub(crate) fn resume(&mut self) -> Result<(), Error> {
         self.ask(&ToWorker::Resume, &[])?;
-        match self.answer()? {
-            (FromWorker::Resumed, _) => Ok(()),
-            (other, _) => Err(odd(&other)),
-        }
+        self.has(FromWorker::Resumed)
     }
 
     pub(crate) fn renew(&mut self, page: &[u8]) -> Result<(), Error> {
         let identity = page.to_vec();
         self.ask(&ToWorker::Renew { identity }, &[])?;
-        match self.answer()? {
-            (FromWorker::Renewed, _) => Ok(()),
-            (other, _) => Err(odd(&other)),
-        }
+        self.has(FromWorker::Renewed)
     }
 
     pub(crate) fn last_words(&mut self) -> Result<Vec<String>, Error> {
@@ -330,6 +313,14 @@ impl Remote {
 
     fn ask(&self, request: &ToWorker, with: &[BorrowedFd<'_>]) -> Result<(), Error> {
         packet::send(&self.socket, request, with).map_err(|e| Error::WorkerGone(e.to_string()))
+    }
+
+    /// Waits for an answer that says no more than that it is done.
+    fn has(&mut self, done: FromWorker) -> Result<(), Error> {
+        match self.answer()? {
+            (answer, _) if discriminant(&answer) == discriminant(&done) => Ok(()),
+            (other, _) => Err(odd(&other)),
+        }
     }
 
     /// The answer to a request; news are kept.
