@@ -63,8 +63,8 @@ pub struct Capture {
 pub struct Captured {
     /// Its memory: what it was forked from, and over it what it has written.
     pub image: Image,
-    /// What is new in that since the last capture: a file, and the pages in it.
-    pub layer: (Arc<File>, Vec<Run>),
+    /// The pages of the layer that is new in it: that of [`Capture::layer`].
+    pub pages: Vec<Run>,
     /// All the rest of it.
     pub state: VmState,
     /// What it took.
@@ -199,7 +199,7 @@ impl Vm {
         cost.pages = pages.count();
         before.fold(&file, &mut pages)?;
         seal_unmapped(&file)?;
-        let layer = (Arc::clone(&file), pages.runs().collect());
+        let runs = pages.runs().collect();
         let image = before.under(Layer { file, pages });
         *trail = Trail {
             image: image.clone(),
@@ -208,7 +208,7 @@ impl Vm {
         };
         Ok(Captured {
             image,
-            layer,
+            pages: runs,
             state,
             cost,
         })

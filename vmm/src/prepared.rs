@@ -85,8 +85,18 @@ impl Shell {
     /// # Errors
     /// More vCPUs than a VM has, more VMs than this process allows, or what KVM says.
     pub fn new(host: &Arc<Host>, image: &Image, vcpus: u8) -> Result<Self, Error> {
+        let mut this = Self::make(host, vcpus, || Ram::over_base(image))?;
+        this.thread = Some(Vcpu::spawn(0)?);
+        Ok(this)
+    }
+
+    fn make(
+        host: &Arc<Host>,
+        vcpus: u8,
+        map: impl FnOnce() -> Result<Ram, Error>,
+    ) -> Result<Self, Error> {
         let permit = host.permit()?;
-        let (kvm, made) = KvmVm::new(host, || Ram::over_base(image))?;
+        let (kvm, made) = KvmVm::new(host, map)?;
         let fds = kvm.populate(vcpus)?;
         Ok(Self {
             host: Arc::clone(host),
@@ -94,7 +104,7 @@ impl Shell {
             permit,
             fds,
             made,
-            thread: Some(Vcpu::spawn(0)?),
+            thread: None,
         })
     }
 
@@ -114,10 +124,6 @@ impl Shell {
     /// Nothing is left.
     pub fn load(mut self, image: &Image, state: &Arc<VmState>) -> Result<Prepared, Error> {
         state.check()?;
-        state.check_sizes(self.kvm.xsave_size)?;
-        if state.vcpus.len() != self.fds.len() {
-            return Err(Error::State(format!("{} vCPUs", state.vcpus.len())));
-        }
         self.kvm.ram.lay_over(image)?;
         Prepared::of(self, state, Console::new())?.ahead()
     }
@@ -191,23 +197,17 @@ impl Prepared {
         console: Console,
     ) -> Result<Self, Error> {
         state.check()?;
-        let permit = host.permit()?;
-        let (kvm, made) = KvmVm::new(host, || Ram::private(image))?;
-        state.check_sizes(kvm.xsave_size)?;
-        let fds = kvm.populate(state.vcpus.len() as u8)?;
-        let shell = Shell {
-            host: Arc::clone(host),
-            kvm,
-            permit,
-            fds,
-            made,
-            thread: None,
-        };
+        let count = state.vcpus.len() as u8;
+        let shell = Shell::make(host, count, || Ram::private(image))?;
         Self::of(shell, state, console)
     }
 
-    /// Loads a shell that was found right for it.
+    /// Loads a shell that has the memory already; the state was checked by itself.
     fn of(shell: Shell, state: &Arc<VmState>, console: Console) -> Result<Self, Error> {
+        state.check_sizes(shell.kvm.xsave_size)?;
+        if state.vcpus.len() != shell.fds.len() {
+            return Err(Error::State(format!("{} vCPUs", state.vcpus.len())));
+        }
         let Shell {
             host,
             kvm,

@@ -156,8 +156,7 @@ impl Worker {
                 let capture = self.capture.take().ok_or_else(out_of_turn)?;
                 let captured = self.vm()?.finish_capture(capture);
                 let captured = captured.map_err(|e| e.to_string())?;
-                let (_, runs) = captured.layer;
-                let record = write_layer_record(Some(&captured.state), runs);
+                let record = write_layer_record(Some(&captured.state), captured.pages);
                 let record = record.map_err(handing_over)?;
                 Ok((FromWorker::Captured(captured.cost), vec![record.into()]))
             }

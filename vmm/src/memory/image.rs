@@ -15,8 +15,6 @@ use super::{copy_data, copy_range, memory_file, seal, seal_unmapped};
 use crate::error::Error;
 use crate::layout::ram_ranges;
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 /// The most layers of one image: each is a descriptor of every child's process.
@@ -77,7 +75,8 @@ impl Image {
     /// forks see, of which it decides anyway.
     ///
     /// # Errors
-    /// A file of another length, too many layers, or pages that the memory does not have.
+    /// A file of another length, too many layers, or pages that the memory does not have or
+    /// that are not in order.
     pub fn with_layer(&self, file: File, runs: &[Run]) -> Result<Self, Error> {
         seal_unmapped(&file)?;
         self.with_growing(file, runs)
@@ -91,12 +90,14 @@ impl Image {
     pub fn with_growing(&self, file: File, runs: &[Run]) -> Result<Self, Error> {
         check_length(&file, self.bytes)?;
         let mut pages = PageSet::none_of(self.bytes);
+        // In order: no page costs the reader of somebody else's list more than once.
+        let mut next = 0;
         for run in runs {
-            let end = run.first.checked_add(run.count);
-            let end = end.and_then(|end| end.checked_mul(vm_run_abi::PAGE_SIZE));
-            if run.count == 0 || end.is_none_or(|end| end > self.bytes) {
-                return Err(Error::State(format!("{run:?} is no part of its memory")));
-            }
+            let end = run.first.checked_add(run.count).filter(|end| {
+                let is_inside = *end <= self.bytes / vm_run_abi::PAGE_SIZE;
+                run.first >= next && run.count > 0 && is_inside
+            });
+            next = end.ok_or_else(|| Error::State(format!("{run:?} is no part of its memory")))?;
             pages.insert(*run);
         }
         let file = Arc::new(file);
@@ -192,27 +193,6 @@ impl Image {
         }
         seal_unmapped(&flat)?;
         Ok(Self::flat(Arc::new(flat), self.bytes))
-    }
-
-    /// Reads what a child would.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
-        self.base.read_exact_at(into, offset)?;
-        let wanted = offset..offset + into.len() as u64;
-        for layer in &self.layers {
-            for run in layer.pages.runs() {
-                let bytes = run.bytes();
-                let from = bytes.start.max(wanted.start);
-                let to = bytes.end.min(wanted.end);
-                if from < to {
-                    let part = (from - wanted.start) as usize..(to - wanted.start) as usize;
-                    layer.file.read_exact_at(&mut into[part], from)?;
-                }
-            }
-        }
-        Ok(())
     }
 }
 

@@ -99,8 +99,8 @@ impl Ram {
     /// # Errors
     /// An image over another base, or what mmap says.
     pub(crate) fn lay_over(&mut self, image: &Image) -> Result<(), Error> {
-        let base = self.image().map(Image::base);
-        if !base.is_some_and(|base| same_file(base, image.base()).unwrap_or(false)) {
+        let base = self.image().map(Image::shared_base);
+        if !base.is_some_and(|base| same_file(base, image.shared_base()).unwrap_or(false)) {
             return Err(Error::State("its image has another base".into()));
         }
         for layer in image.all_layers() {
@@ -118,17 +118,23 @@ impl Ram {
 
     /// Maps the pages of a layer over what is there.
     fn lay(&self, layer: &Layer) -> Result<(), Error> {
-        for run in layer.pages.runs() {
-            for range in &self.ranges {
-                let (bytes, all) = (run.bytes(), range.in_file());
-                let part = bytes.start.max(all.start)..bytes.end.min(all.end);
-                if !part.is_empty() {
-                    let gpa = GuestAddress(range.gpa + part.start - all.start);
-                    overlay::map(&self.memory, gpa, &layer.file, part)?;
-                }
-            }
+        for (gpa, part) in self.parts(&layer.pages) {
+            overlay::map(&self.memory, gpa, &layer.file, part)?;
         }
         Ok(())
+    }
+
+    /// Where pages lie: in the guest, and in the memory file.
+    fn parts(&self, pages: &PageSet) -> impl Iterator<Item = (GuestAddress, Range<u64>)> {
+        pages.runs().flat_map(|run| {
+            let of_range = move |range: &RamRange| {
+                let (bytes, all) = (run.bytes(), range.in_file());
+                let part = bytes.start.max(all.start)..bytes.end.min(all.end);
+                let gpa = GuestAddress(range.gpa + part.start - all.start);
+                (!part.is_empty()).then_some((gpa, part))
+            };
+            self.ranges.iter().filter_map(of_range)
+        })
     }
 
     /// Makes an image of it. The guest and its devices must be gone.
@@ -204,22 +210,14 @@ impl Ram {
     /// # Errors
     /// What the kernel says.
     pub(crate) fn copy_pages(&self, pages: &PageSet, to: &File) -> Result<(), Error> {
-        for run in pages.runs() {
-            for range in &self.ranges {
-                let (bytes, all) = (run.bytes(), range.in_file());
-                let part = bytes.start.max(all.start)..bytes.end.min(all.end);
-                if part.is_empty() {
-                    continue;
-                }
-                let gpa = range.gpa + part.start - all.start;
-                let mut file = to;
-                file.seek(io::SeekFrom::Start(part.start))
-                    .map_err(Error::memory("lseek"))?;
-                let count = (part.end - part.start) as usize;
-                self.memory
-                    .write_all_volatile_to(GuestAddress(gpa), &mut file, count)
-                    .map_err(|source| Error::GuestMemory { gpa, source })?;
-            }
+        let mut file = to;
+        for (gpa, part) in self.parts(pages) {
+            file.seek(io::SeekFrom::Start(part.start))
+                .map_err(Error::memory("lseek"))?;
+            let count = (part.end - part.start) as usize;
+            self.memory
+                .write_all_volatile_to(gpa, &mut file, count)
+                .map_err(|source| Error::GuestMemory { gpa: gpa.0, source })?;
         }
         Ok(())
     }
@@ -372,7 +370,10 @@ fn copy_range(from: &File, to: &File, range: Range<u64>) -> io::Result<()> {
 }
 
 /// Whether two descriptors are of one file.
-fn same_file(one: &File, other: &File) -> Result<bool, Error> {
+fn same_file(one: &Arc<File>, other: &Arc<File>) -> Result<bool, Error> {
+    if Arc::ptr_eq(one, other) {
+        return Ok(true);
+    }
     let id = |file| rustix::fs::fstat(file).map(|found| (found.st_dev, found.st_ino));
     let [one, other] = [id(one), id(other)].map(|id| id.map_err(Error::memory("fstat")));
     Ok(one? == other?)
