@@ -44,7 +44,8 @@ const MAGIC: [u8; 8] = *b"vmrun-id";
 /// | 88 | 1 | hostname's length |
 /// | 89 | 64 | hostname |
 /// | 153 | 1 | connections: 0 to reset them, 1 to keep them |
-/// | 154 | 14 | zero |
+/// | 154 | 1 | 1 if it was forked while it ran |
+/// | 155 | 13 | zero |
 #[derive(Clone, PartialEq, Eq)]
 pub struct Identity {
     /// Never zero in a child, and never twice the same for one template.
@@ -55,6 +56,10 @@ pub struct Identity {
     pub entropy: [u8; ENTROPY_LEN],
     /// What becomes of a frozen container's connections.
     pub connections: Connections,
+    /// Whether its parent ran when it was forked, at whatever instruction: its programs
+    /// wait until its first process lets them go
+    /// (`guest-kernel/linux/patches/0006-…`).
+    pub live: bool,
     hostname: [u8; HOSTNAME_MAX],
     hostname_len: u8,
 }
@@ -81,6 +86,8 @@ pub enum Invalid {
     Hostname,
     /// Nothing that there is to do with connections.
     Connections,
+    /// Neither forked while it ran nor at its fork point.
+    Live,
 }
 
 impl core::fmt::Display for Invalid {
@@ -90,6 +97,7 @@ impl core::fmt::Display for Invalid {
             Self::NoGeneration => "the identity page has no generation",
             Self::Hostname => "a hostname is 1 to 64 of the characters A-Z a-z 0-9 . -",
             Self::Connections => "the identity page says nothing of connections",
+            Self::Live => "the identity page says nothing of the parent",
         })
     }
 }
@@ -97,7 +105,8 @@ impl core::fmt::Display for Invalid {
 impl core::error::Error for Invalid {}
 
 impl Identity {
-    /// Checks `hostname` and puts the identity together. Connections are reset.
+    /// Checks `hostname` and puts the identity together. Connections are reset, and
+    /// the parent was at its fork point.
     pub fn new(
         generation: u64,
         realtime_ns: u64,
@@ -119,6 +128,7 @@ impl Identity {
             realtime_ns,
             entropy,
             connections: Connections::default(),
+            live: false,
             hostname: padded,
             hostname_len: name.len() as u8,
         })
@@ -143,6 +153,7 @@ impl Identity {
             Connections::Reset => 0,
             Connections::Keep => 1,
         };
+        page[154] = u8::from(self.live);
         page
     }
 
@@ -169,6 +180,11 @@ impl Identity {
             1 => Connections::Keep,
             _ => return Err(Invalid::Connections),
         };
+        identity.live = match page[154] {
+            0 => false,
+            1 => true,
+            _ => return Err(Invalid::Live),
+        };
         Ok(identity)
     }
 }
@@ -181,6 +197,7 @@ impl core::fmt::Debug for Identity {
             .field("realtime_ns", &self.realtime_ns)
             .field("hostname", &self.hostname())
             .field("connections", &self.connections)
+            .field("live", &self.live)
             .finish_non_exhaustive()
     }
 }
@@ -196,6 +213,7 @@ mod tests {
         assert_eq!(id.hostname(), "web-1.local");
         let mut keeping = id;
         keeping.connections = Connections::Keep;
+        keeping.live = true;
         assert_eq!(Identity::from_bytes(&keeping.to_bytes()), Ok(keeping));
     }
 
@@ -214,6 +232,9 @@ mod tests {
         let mut page = good;
         page[153] = 2;
         assert_eq!(Identity::from_bytes(&page), Err(Invalid::Connections));
+        let mut page = good;
+        page[154] = 2;
+        assert_eq!(Identity::from_bytes(&page), Err(Invalid::Live));
     }
 
     #[test]

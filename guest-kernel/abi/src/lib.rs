@@ -20,7 +20,7 @@ pub mod task;
 
 /// The version of everything in this crate. The agent stores it into
 /// [`doorbell::FORK_POINT`], so that a mismatch is found before any fork.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;
 
 /// The size of a guest page, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

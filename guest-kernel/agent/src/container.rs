@@ -1,6 +1,7 @@
 //! The container: its first process, and those that are started beside it.
 
 use crate::exec::Failure;
+use crate::names::Names;
 use crate::prepared::Prepared;
 use crate::process::{Process, start_failed};
 use crate::rootfs::Layers;
@@ -71,6 +72,9 @@ pub struct Container {
     held: Vec<OwnedFd>,
     /// What its root is put together of.
     layers: Option<Layers>,
+    names: Option<Names>,
+    /// Its domain, and lines of its /etc/hosts.
+    surroundings: (String, String),
 }
 
 impl Container {
@@ -85,17 +89,35 @@ impl Container {
             entrance: None,
             held: Vec::new(),
             layers: None,
+            names: None,
+            surroundings: (String::new(), String::new()),
         }
     }
 
-    /// Its root is there, of these layers.
-    pub fn has_root(&mut self, layers: Layers) {
+    /// Its root is there, of these layers, with files that say who it is.
+    pub fn has_root(&mut self, layers: Layers, names: Names) {
         self.layers = Some(layers);
+        self.names = Some(names);
     }
 
     /// Lets go of its file systems: whoever comes next finds them as they were left.
     pub fn leave_root(&mut self) {
         self.layers = None;
+        self.names = None;
+    }
+
+    /// Makes somebody else of it, as the guest is: it does not run meanwhile. The host
+    /// knows nothing of other processes than the first, and counts anew.
+    pub fn become_child(&mut self) -> io::Result<()> {
+        self.used.retain(|id| *id == CONTAINER);
+        self.wanted.clear();
+        self.processes.retain(|id, _| *id == CONTAINER);
+        let Some(names) = &self.names else {
+            return Ok(());
+        };
+        let (domain, hosts) = &self.surroundings;
+        names.write(&spawn::hostname(), domain, hosts)?;
+        names.draw_machine_id()
     }
 
     /// Notes that the first process is to be started; `false` if it was before.
@@ -159,6 +181,8 @@ impl Container {
     fn spawn(&mut self, wanted: &Wanted, resources: &Resources) -> Result<Spawned, SpawnError> {
         if let Wanted::First(container, process) = wanted {
             self.is_kept = container.kept;
+            let options = &container.options;
+            self.surroundings = (options.domainname.clone(), options.hosts.clone());
             return match self.prepared.take() {
                 Some(prepared) => Ok(prepared.start(container, process.as_ref())?),
                 None => Err(Failure::other("the container was started before").into()),
@@ -244,11 +268,6 @@ impl Container {
     /// Whether a process of this id is still to be started.
     pub fn awaits(&self, id: ProcessId) -> bool {
         !self.used.contains(&id) || self.wanted.contains_key(&id)
-    }
-
-    /// In a new child: the host counts its ids anew.
-    pub fn forget_ids(&mut self) {
-        self.used.retain(|id| *id == CONTAINER);
     }
 }
 

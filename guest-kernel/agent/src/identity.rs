@@ -1,11 +1,13 @@
 //! What a child does first: it becomes somebody.
 
 use crate::doorbell::{Doorbell, IdentityPage, on_small_stack};
+use crate::poll::{Poll, Token};
 use crate::sys;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, pwrite};
 use rustix::time::{ClockId, Timespec, clock_settime};
+use std::io;
 use vm_run_abi::identity::{Connections, Identity, Invalid};
 
 /// Everything that the step from the fork point to the applied identity needs,
@@ -30,6 +32,10 @@ pub struct Child {
 }
 
 const GENERATION: &str = "/proc/sys/kernel/random/generation";
+
+/// Where the kernel says that the guest was forked while it ran, and is told to let the
+/// container's programs go on (`linux/patches/0006-…`).
+const HELD: &str = "/proc/sys/kernel/vmrun_held";
 
 impl ForkPoint {
     /// Opens what is needed.
@@ -112,9 +118,62 @@ impl ForkPoint {
             .map_err(|e| format!("cannot reseed the kernel's random numbers: {e}"))?;
         clock_settime(ClockId::Realtime, timespec(identity.realtime_ns))
             .map_err(|e| format!("cannot set the clock: {e}"))?;
-        rustix::system::sethostname(identity.hostname().as_bytes())
-            .map_err(|e| format!("cannot set the hostname: {e}"))
+        set_hostname(identity)
     }
+}
+
+/// The way to an identity of a guest that is forked while it runs: the kernel has taken its
+/// part before anything ran, and holds the container's programs.
+#[derive(Debug)]
+pub struct LiveFork {
+    fork_point: &'static ForkPoint,
+    held: OwnedFd,
+}
+
+impl LiveFork {
+    /// `None` on a kernel of a user's own.
+    pub fn prepare(fork_point: &'static ForkPoint) -> Result<Option<Self>, String> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        match open(HELD, flags, Mode::empty()) {
+            Ok(held) => Ok(Some(Self { fork_point, held })),
+            Err(Errno::NOENT) => Ok(None),
+            Err(e) => Err(format!("cannot open {HELD}: {e}")),
+        }
+    }
+
+    /// Has `poll` say when it has happened.
+    pub fn watch(&self, poll: &Poll) -> io::Result<()> {
+        poll.watch_for_change(&self.held, Token::Forked)
+    }
+
+    /// Whether the one of this generation is somebody else by now.
+    pub fn has_happened(&self, generation: u64) -> bool {
+        let page = Identity::from_bytes(&self.fork_point.page.read());
+        page.is_ok_and(|page| page.live && page.generation != generation)
+    }
+
+    /// Takes what the kernel has left: the hostname.
+    pub fn take_identity(&self) -> Result<Child, String> {
+        let identity = Identity::from_bytes(&self.fork_point.page.read());
+        let identity = identity.map_err(|e| e.to_string())?;
+        set_hostname(&identity)?;
+        Ok(Child {
+            generation: identity.generation,
+            connections: identity.connections,
+        })
+    }
+
+    /// Tells the monitor that the identity holds, and lets the container's programs run.
+    pub fn release(&self, child: Child) -> io::Result<()> {
+        self.fork_point.doorbell.identity_applied(child.generation);
+        pwrite(&self.held, b"0", 0)?;
+        Ok(())
+    }
+}
+
+fn set_hostname(identity: &Identity) -> Result<(), String> {
+    rustix::system::sethostname(identity.hostname().as_bytes())
+        .map_err(|e| format!("cannot set the hostname: {e}"))
 }
 
 fn timespec(ns: u64) -> Timespec {

@@ -12,7 +12,7 @@ use vm_run_abi::protocol::{PORT, VOLUMES_TAG};
 use vm_run_agent::devices::Rules;
 use vm_run_agent::doorbell::Doorbell;
 use vm_run_agent::freezer::Freezer;
-use vm_run_agent::identity::ForkPoint;
+use vm_run_agent::identity::{ForkPoint, LiveFork};
 use vm_run_agent::network::{self, Network};
 use vm_run_agent::prepared::Prepared;
 use vm_run_agent::rootfs::{self, Disks};
@@ -100,7 +100,8 @@ fn boot() -> Result<(&'static ForkPoint, Server), String> {
     let network = Network::set_up()?;
     let prepared = ForkPoint::prepare(doorbell)?;
     let fork_point = FORK_POINT.get_or_init(|| prepared);
-    Ok((fork_point, prepare_server(network)?))
+    let live_fork = LiveFork::prepare(fork_point)?;
+    Ok((fork_point, prepare_server(network, live_fork)?))
 }
 
 fn set_limits() -> Result<(), String> {
@@ -130,7 +131,7 @@ fn check_machine(has_devtmpfs: bool) -> Result<(), String> {
 }
 
 /// Opens all that the event loop works with, and makes the container's first process.
-fn prepare_server(network: Option<Network>) -> Result<Server, String> {
+fn prepare_server(network: Option<Network>, live_fork: Option<LiveFork>) -> Result<Server, String> {
     mounts::enable_controllers()?;
     let cgroup = mounts::make_cgroup("container")?;
     let resources = Resources {
@@ -164,7 +165,7 @@ fn prepare_server(network: Option<Network>) -> Result<Server, String> {
         network.settle();
     }
     let listener = sys::listen_vsock(PORT).map_err(|e| format!("cannot listen on vsock: {e}"))?;
-    Server::new(listener, signals, resources, prepared)
+    Server::new(listener, signals, resources, prepared, live_fork)
         .map_err(|e| format!("cannot make an epoll: {e}"))
 }
 

@@ -32,6 +32,8 @@ pub enum Token {
     Leaving(u64),
     /// What a hook's command says.
     Hook(u64),
+    /// The guest was forked while it ran.
+    Forked,
 }
 
 impl Token {
@@ -48,6 +50,7 @@ impl Token {
             Self::Stream(number) => (8, number),
             Self::Leaving(number) => (9, number),
             Self::Hook(number) => (10, number),
+            Self::Forked => (11, 0),
         };
         number << 4 | kind
     }
@@ -66,6 +69,7 @@ impl Token {
             8 => Self::Stream(number),
             9 => Self::Leaving(number),
             10 => Self::Hook(number),
+            11 => Self::Forked,
             _ => return None,
         })
     }
@@ -150,6 +154,7 @@ mod tests {
             Token::Stream(3),
             Token::Leaving(4),
             Token::Hook(1),
+            Token::Forked,
         ];
         for token in all {
             assert_eq!(Token::from_u64(token.to_u64()), Some(token));

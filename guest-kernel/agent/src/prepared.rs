@@ -138,8 +138,7 @@ fn live(
         }
     }
     let root = rootfs::mount_root(&resources.disks, &container, empty.as_ref())?;
-    let sent = reporter.layers(&Layers::open()?);
-    sent.map_err(|e| step("report", &e))?;
+    let layers = Layers::open()?;
     let mut volumes = volumes::take(
         &resources.disks.volumes,
         &container.volumes,
@@ -161,12 +160,14 @@ fn live(
     jail::enter(&root)?;
     volumes.place_under()?;
     let names = system.place(&hostname, container.network, wanted)?;
+    let sent = reporter.root(&layers, &names);
+    sent.map_err(|e| step("report", &e))?;
     options::complete(wanted)?;
     volumes.place_over()?;
     options::lock_tmpfs(&wanted.tmpfs)?;
     if let Some(helper) = helper {
         let listener = warm::place(&helper)?;
-        let sent = reporter.warm(&listener, &names);
+        let sent = reporter.warm(&listener);
         sent.map_err(|e| step("report", &e))?;
     }
     let Some(process) = process else {

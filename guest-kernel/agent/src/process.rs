@@ -34,11 +34,10 @@ struct Starting {
 pub enum Happened {
     /// The process has made its terminal: master and slave side.
     Terminal(OwnedFd, OwnedFd),
-    /// The container has its warm socket, which listens, and files with its
-    /// name.
-    Warm(OwnedFd, Names),
-    /// The container has its root, of these layers.
-    Layers(Layers),
+    /// The container has its root, of these layers, and files with its name.
+    Root(Layers, Names),
+    /// The container has its warm socket, which listens.
+    Warm(OwnedFd),
     /// For the host.
     Event(Event),
 }
@@ -84,10 +83,10 @@ impl Process {
                     }
                     happened.push(Happened::Terminal(master, slave));
                 }
-                Some(Report::Warm(listener, names)) => {
-                    happened.push(Happened::Warm(listener, names));
+                Some(Report::Root(layers, names)) => {
+                    happened.push(Happened::Root(layers, names));
                 }
-                Some(Report::Layers(layers)) => happened.push(Happened::Layers(layers)),
+                Some(Report::Warm(listener)) => happened.push(Happened::Warm(listener)),
                 // It has been waited for.
                 Some(Report::Prepared(_)) => {}
                 Some(Report::Ready) => starting.ready = true,

@@ -25,10 +25,10 @@ pub enum Report {
     Prepared(Vec<OwnedFd>),
     /// The terminal: master and slave side.
     Terminal(OwnedFd, OwnedFd),
-    /// The warm socket, which listens, and the files that say who it is.
-    Warm(OwnedFd, Names),
-    /// The layers of the container's root.
-    Layers(Layers),
+    /// The container's root: its layers, and the files in it that say who it is.
+    Root(Layers, Names),
+    /// The warm socket, which listens.
+    Warm(OwnedFd),
     /// All is ready, the exec is next.
     Ready,
     /// It could not be started, and is about to end.
@@ -41,8 +41,8 @@ pub enum Report {
 /// The first byte of a report.
 const PREPARED: u8 = b'P';
 const TERMINAL: u8 = b'T';
+const ROOT: u8 = b'O';
 const WARM: u8 = b'W';
-const LAYERS: u8 = b'L';
 const READY: u8 = b'R';
 const FAILED: u8 = b'F';
 
@@ -75,16 +75,21 @@ impl Reporter {
         self.send(TERMINAL, &[], &[master.as_fd(), slave.as_fd()])
     }
 
-    /// [`Report::Warm`]
-    pub fn warm(&self, listener: &OwnedFd, names: &Names) -> Result<(), Errno> {
-        let all = [listener, &names.hostname, &names.hosts, &names.machine_id];
-        let all = all.map(AsFd::as_fd);
-        self.send(WARM, &[], &all)
+    /// [`Report::Root`]
+    pub fn root(&self, layers: &Layers, names: &Names) -> Result<(), Errno> {
+        let Layers { upper, image } = layers;
+        let Names {
+            hostname,
+            hosts,
+            machine_id,
+        } = names;
+        let all = [upper, image, hostname, hosts, machine_id].map(AsFd::as_fd);
+        self.send(ROOT, &[], &all)
     }
 
-    /// [`Report::Layers`]
-    pub fn layers(&self, layers: &Layers) -> Result<(), Errno> {
-        self.send(LAYERS, &[], &[layers.upper.as_fd(), layers.image.as_fd()])
+    /// [`Report::Warm`]
+    pub fn warm(&self, listener: &OwnedFd) -> Result<(), Errno> {
+        self.send(WARM, &[], &[listener.as_fd()])
     }
 
     /// [`Report::Ready`], of a process that runs no program: [`Report::End`] follows.
@@ -168,19 +173,19 @@ pub fn next_report(reports: BorrowedFd<'_>) -> io::Result<Option<Report>> {
             let [master, slave] = descriptors.try_into().map_err(|_| malformed())?;
             Report::Terminal(master, slave)
         }
-        (WARM, []) => {
-            let [listener, hostname, hosts, machine_id] =
+        (ROOT, []) => {
+            let [upper, image, hostname, hosts, machine_id] =
                 descriptors.try_into().map_err(|_| malformed())?;
             let names = Names {
                 hostname,
                 hosts,
                 machine_id,
             };
-            Report::Warm(listener, names)
+            Report::Root(Layers { upper, image }, names)
         }
-        (LAYERS, []) => {
-            let [upper, image] = descriptors.try_into().map_err(|_| malformed())?;
-            Report::Layers(Layers { upper, image })
+        (WARM, []) => {
+            let [listener] = descriptors.try_into().map_err(|_| malformed())?;
+            Report::Warm(listener)
         }
         (READY, []) => Report::Ready,
         (FAILED, [reason, message @ ..]) => Report::Failed(Failure {

@@ -2,11 +2,13 @@
 
 mod freeze;
 mod hooks;
+mod live;
 
 use crate::container::{Container, Start};
 use crate::control::Control;
 use crate::drawn::Drawn;
 use crate::frame::{Broken, Reader};
+use crate::identity::LiveFork;
 use crate::poll::{Poll, Token, meaning};
 use crate::prepared::Prepared;
 use crate::process::Happened;
@@ -93,9 +95,14 @@ pub struct Server {
     /// What the kernel has drawn for threads that are frozen.
     drawn: Vec<Drawn>,
     stage: Stage,
+    /// Who this guest is, and how it learns that it is somebody else.
+    generation: u64,
+    live_fork: Option<LiveFork>,
     attachment: Attachment,
     /// Streams of the first process that are tied to no host.
     loose: Vec<(Stream, End)>,
+    /// How the first process has ended.
+    ended: Option<Event>,
     /// When the host has gone: until when the container may take to end.
     deadline: Option<Instant>,
 }
@@ -103,13 +110,18 @@ pub struct Server {
 impl Server {
     /// Makes the loop ready: whatever it needs before the first connection is
     /// open when this returns. `signals` is [`sys::child_signals`].
+    /// Without `live_fork` this guest cannot be forked while it runs.
     pub fn new(
         listener: OwnedFd,
         signals: OwnedFd,
         resources: Resources,
         prepared: Prepared,
+        live_fork: Option<LiveFork>,
     ) -> io::Result<Self> {
         let poll = Poll::new()?;
+        if let Some(live_fork) = &live_fork {
+            live_fork.watch(&poll)?;
+        }
         poll.watch_for_input(&listener, Token::Listener)?;
         poll.watch_for_input(&signals, Token::Signals)?;
         Ok(Self {
@@ -129,8 +141,11 @@ impl Server {
             hooking: Hooking::default(),
             drawn: Vec::new(),
             stage: Stage::Serving,
+            generation: 0,
+            live_fork,
             attachment: Attachment::Tied,
             loose: Vec::new(),
+            ended: None,
             deadline: None,
         })
     }
@@ -141,6 +156,9 @@ impl Server {
         let mut events = Vec::with_capacity(32);
         loop {
             self.poll.wait(&mut events, self.timeout())?;
+            if self.is_reborn() {
+                self.go_on_as_another()?;
+            }
             for (token, flags) in events.iter().filter_map(meaning) {
                 self.dispatch(token, flags)?;
             }
@@ -183,8 +201,8 @@ impl Server {
                 self.flush_control();
                 Ok(())
             }
-            // It is looked at after every event.
-            Token::Freezer => Ok(()),
+            // They are looked at after every event.
+            Token::Freezer | Token::Forked => Ok(()),
             Token::WarmListener => match &mut self.warm {
                 Some(warm) => warm.accept(&self.poll).map(drop),
                 None => Ok(()),
@@ -372,7 +390,7 @@ impl Server {
     /// the loop ends when it is gone.
     fn host_has_gone(&mut self) {
         self.control = None;
-        if self.stage.is_leaving() {
+        if self.stage.is_leaving() || self.is_reborn() {
             return;
         }
         self.deadline = Some(Instant::now() + LAST_PATIENCE);
@@ -441,6 +459,8 @@ impl Server {
         match tied.link.turn() {
             Turn::Waiting => {}
             Turn::More => self.come_back(number),
+            // It was another's: see Self::go_on_as_another.
+            Turn::Over if self.is_reborn() => {}
             // Closing the descriptors takes them out of the epoll, once no new
             // process has them either.
             Turn::Over => drop(self.streams.remove(&number)),
@@ -462,10 +482,10 @@ impl Server {
                 Happened::Terminal(master, slave) => {
                     self.tie(id, Stream::Terminal, End::terminal(master, slave))?;
                 }
-                Happened::Warm(listener, names) => {
-                    self.warm = Some(Warm::new(listener, names, &self.poll)?);
+                Happened::Root(layers, names) => self.container.has_root(layers, names),
+                Happened::Warm(listener) => {
+                    self.warm = Some(Warm::new(listener, &self.poll)?);
                 }
-                Happened::Layers(layers) => self.container.has_root(layers),
                 // That it runs: the host knows nothing of it.
                 Happened::Event(_) if id == HOOK => {}
                 Happened::Event(event) => self.tell(id, &event),
@@ -527,6 +547,9 @@ impl Server {
         if matches!(event, Event::StartFailed { .. }) {
             self.arrived.retain(|a| a.process != id);
             self.streams.retain(|_, tied| tied.process != id);
+        }
+        if id == CONTAINER && matches!(event, Event::Exited { .. }) {
+            self.ended = Some(event.clone());
         }
         match (&mut self.attachment, event) {
             // The host has not asked yet.

@@ -74,6 +74,16 @@ impl End {
         self.guest.as_fd()
     }
 
+    /// The guest was forked, and this end's host is no more: whatever it has found out of
+    /// that is forgotten. What the process has written so far, that host has.
+    pub fn part(&mut self) {
+        match &mut self.to_host {
+            // Nothing but an input has no way to the host.
+            None => drop(self.to_guest.get_or_insert_default()),
+            Some(copy) => *copy = Copy::default(),
+        }
+    }
+
     /// Its process has ended: nobody reads any more, and what was written is
     /// still to be delivered.
     pub fn process_ended(&mut self) {

@@ -2,7 +2,6 @@
 //! socket and the helper program of docs/warm.md.
 
 use crate::mounts::{make_directory, make_read_only, mount};
-use crate::names::Names;
 use crate::poll::{Poll, Token};
 use rustix::fd::OwnedFd;
 use rustix::fs::Mode;
@@ -71,7 +70,6 @@ struct Client {
 #[derive(Debug)]
 pub struct Warm {
     listener: OwnedFd,
-    names: Names,
     clients: BTreeMap<u64, Client>,
     next_client: u64,
     is_warm: bool,
@@ -79,11 +77,10 @@ pub struct Warm {
 
 impl Warm {
     /// Takes what [`place`] has made.
-    pub fn new(listener: OwnedFd, names: Names, poll: &Poll) -> io::Result<Self> {
+    pub fn new(listener: OwnedFd, poll: &Poll) -> io::Result<Self> {
         poll.watch_for_input(&listener, Token::WarmListener)?;
         Ok(Self {
             listener,
-            names,
             clients: BTreeMap::new(),
             next_client: 0,
             is_warm: false,
@@ -140,11 +137,9 @@ impl Warm {
             .fold(false, |warm, n| warm | self.read(n)))
     }
 
-    /// Makes a frozen container a child: its files hold `hostname`, and each of
-    /// its processes that is waiting has its answer and reads it when it runs.
-    pub fn become_child(&mut self, hostname: &str, generation: u64) -> io::Result<()> {
-        self.names.write(hostname, "", "")?;
-        self.names.draw_machine_id()?;
+    /// The container, which does not run, is a child: each of its processes that is
+    /// waiting has its answer and reads it when it runs.
+    pub fn become_child(&mut self, generation: u64) {
         // The host of a child knows already.
         self.is_warm = true;
         let answer = format!("child {generation:016x}\n");
@@ -155,7 +150,6 @@ impl Warm {
             }
             !client.is_warm()
         });
-        Ok(())
     }
 }
 

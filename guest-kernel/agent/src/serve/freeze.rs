@@ -253,25 +253,31 @@ impl Server {
     /// the container that [`super::Done::Frozen`] told of run as a child.
     /// Without one there is nothing to do. An error must end the guest.
     pub fn become_child(&mut self, child: Child) -> io::Result<()> {
+        self.generation = child.generation;
         let Stage::Leaving(_) = self.stage else {
             return Ok(());
         };
-        if let Some(warm) = &mut self.warm {
-            let system = rustix::system::uname();
-            warm.become_child(&system.nodename().to_string_lossy(), child.generation)?;
-        }
-        self.container.forget_ids();
+        self.make_child(child)?;
         for drawn in std::mem::take(&mut self.drawn) {
             drawn.again()?;
-        }
-        if self.is_connected && child.connections == Connections::Reset {
-            connections::reset()?;
         }
         self.stage = Stage::Serving;
         // From here on the container runs.
         self.resources.freezer.thaw()?;
         if let Err(why) = self.begin_hook(When::PostFork)? {
             self.refuse(why);
+        }
+        Ok(())
+    }
+
+    /// What there is to do in every child with a container inside, which does not run.
+    pub(super) fn make_child(&mut self, child: Child) -> io::Result<()> {
+        if let Some(warm) = &mut self.warm {
+            warm.become_child(child.generation);
+        }
+        self.container.become_child()?;
+        if self.is_connected && child.connections == Connections::Reset {
+            connections::reset()?;
         }
         Ok(())
     }

@@ -82,6 +82,11 @@ impl Hooking {
         self.running.as_ref().and_then(|running| running.until)
     }
 
+    /// The command that runs, if one does, is nobody's any more.
+    pub(super) fn forget(&mut self) {
+        self.running = None;
+    }
+
     /// Whether a command runs.
     pub(super) fn is_running(&self) -> bool {
         self.running.is_some()

@@ -75,7 +75,8 @@ pub fn serve(args: &[String]) -> ExitCode {
     setrlimit(Resource::Nofile, limit).unwrap();
     let signals = sys::child_signals().unwrap();
     let prepared = Prepared::fork(&resources).unwrap();
-    let mut server = Server::new(OwnedFd::from(listener), signals, resources, prepared).unwrap();
+    let mut server =
+        Server::new(OwnedFd::from(listener), signals, resources, prepared, None).unwrap();
     while server.run().unwrap() == Done::Frozen {
         let generation = fork_point(&forks);
         let child = vm_run_agent::identity::Child {
