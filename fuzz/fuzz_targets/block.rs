@@ -7,6 +7,7 @@ use std::io::Read;
 
 use arbitrary::Arbitrary;
 use devices::testing::Buffer;
+use devices::virtio::block::{DiskFiles, format_overlay};
 use devices::virtio::{Block, BlockState};
 use harness::{Action, Hostile};
 use libfuzzer_sys::fuzz_target;
@@ -36,6 +37,8 @@ enum Step {
 #[derive(Arbitrary, Debug)]
 struct Input {
     read_only: bool,
+    /// Whether there is one more file, over the first.
+    layered: bool,
     steps: Vec<Step>,
 }
 
@@ -84,10 +87,16 @@ fuzz_target!(|input: Input| {
     };
     // A duplicate has the same lock, so that a fork can have it while its parent
     // is still there; two virtual machines never do this.
+    let overlay = File::from(memfd_create("overlay", MemfdFlags::CLOEXEC).expect("memfd"));
+    format_overlay(&overlay, FILE_LEN).expect("length");
+    let is_layered = input.layered && !input.read_only;
     let bind = |state: &BlockState| {
         let mut disk = Block::restore(state).expect("a good state");
-        disk.bind(file.try_clone().expect("a descriptor"))
-            .expect("a file that fits");
+        let over = is_layered.then_some(&overlay);
+        let files = [&file].into_iter().chain(over);
+        let files = files.map(|file| file.try_clone().expect("a descriptor"));
+        disk.bind(DiskFiles(files.collect()))
+            .expect("files that fit");
         disk
     };
     let mut hostile = Hostile::new(bind(&state));
@@ -96,7 +105,7 @@ fuzz_target!(|input: Input| {
     }
     hostile.guest.run();
     assert_eq!(file.metadata().expect("memfd").len(), FILE_LEN);
-    if input.read_only {
+    if input.read_only || is_layered {
         let mut bytes = Vec::new();
         (&file).read_to_end(&mut bytes).expect("memfd");
         assert!(bytes.iter().all(|&byte| byte == 0));

@@ -8,17 +8,23 @@
 //!
 //! What lies past the end of the file, and within the capacity, reads as zeroes
 //! and cannot be written: the file never grows.
+//!
+//! A guest that is forked while it runs goes on in a file of its own over what it shares
+//! with its source: see `layers.rs`.
+
+mod bitmap;
+mod layers;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
-use rustix::fs::{
-    FallocateFlags, FlockOperation, OFlags, fallocate, fcntl_getfl, fdatasync, flock,
-};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+pub use self::bitmap::format_overlay;
+use self::layers::Layers;
+pub use self::layers::{DiskFiles, LAYERS_MAX};
 use super::chain::{Buffers, Chain, ChainError};
 use super::iov;
 use super::queue::{DeviceIo, QueueError};
@@ -109,23 +115,22 @@ pub enum BlockError {
     /// Another disk has the file: two guests never share one that either writes.
     #[error("the disk's file is in use by another virtual machine")]
     InUse,
+    /// No file at all, or more than a disk has layers; one that is only read has one.
+    #[error("{0} files are not what a disk consists of")]
+    TooManyLayers(usize),
+    /// A file over another that is none of this disk's.
+    #[error("the disk's layer cannot be used: {0}")]
+    Overlay(&'static str),
     /// The file cannot be asked or locked.
     #[error("cannot use the disk's file")]
     Io(#[source] io::Error),
-}
-
-#[derive(Debug)]
-struct Backing {
-    file: File,
-    /// Size in bytes when it was bound; nothing past it is ever written.
-    len: u64,
 }
 
 /// The block device.
 #[derive(Debug)]
 pub struct Block {
     state: BlockState,
-    backing: Option<Backing>,
+    layers: Option<Layers>,
     /// A disk that fails over and over fills no log.
     warned: bool,
 }
@@ -142,27 +147,45 @@ impl Block {
         Self::capacity(state)?;
         Ok(Self {
             state: state.clone(),
-            backing: None,
+            layers: None,
             warned: false,
         })
     }
 
-    /// Puts the disk's bytes into `file`. The guest notices nothing, so this is
-    /// for a guest that has not read the disk yet.
+    /// Puts the disk's bytes into these files. The guest notices nothing, so this is
+    /// for a guest that has not read the disk yet, or has read these.
     ///
-    /// The file is locked as long as the disk lives: exclusively if the disk is
-    /// writable, else shared. The lock (`flock(2)`) belongs to the open file
-    /// description: hand each disk one of its own, never a duplicate.
+    /// A file is locked as long as the disk lives: exclusively if it is written, else
+    /// shared. The lock (`flock(2)`) belongs to the open file description: hand each disk
+    /// one of its own, never a duplicate.
     ///
     /// # Errors
     /// A file that the disk cannot have, or that another disk has.
-    pub fn bind(&mut self, file: File) -> Result<(), BlockError> {
-        if self.backing.is_some() {
+    pub fn bind(&mut self, files: impl Into<DiskFiles>) -> Result<(), BlockError> {
+        if self.layers.is_some() {
             return Err(BlockError::Bound);
         }
         let capacity = Self::capacity(&self.state)?;
-        self.backing = Some(Backing::bind(file, capacity, self.state.read_only)?);
+        self.layers = Some(Layers::bind(files.into(), capacity, self.state.read_only)?);
         Ok(())
+    }
+
+    /// Puts `top`, a fresh overlay, over what a disk has, which is not written from here on:
+    /// others may have it below theirs.
+    ///
+    /// # Errors
+    /// A disk without a file, or that is only read; an overlay that is not this disk's, or
+    /// one too many. Nothing has changed then.
+    pub fn cover(&mut self, top: File) -> Result<(), BlockError> {
+        match &mut self.layers {
+            Some(layers) if !self.state.read_only => layers.cover(top),
+            _ => Err(BlockError::Access),
+        }
+    }
+
+    /// How many files are behind it.
+    pub fn layers(&self) -> usize {
+        self.layers.as_ref().map_or(0, Layers::count)
     }
 
     /// In bytes.
@@ -174,9 +197,9 @@ impl Block {
             .ok_or(BlockError::CapacityTooLarge(state.capacity_sectors))
     }
 
-    /// The file that holds the disk's bytes, if one is bound.
+    /// The file that is written, or the only one, if one is bound.
     pub fn file(&self) -> Option<&File> {
-        self.backing.as_ref().map(|backing| &backing.file)
+        self.layers.as_ref().map(Layers::file)
     }
 
     /// Carries out one request, and gives the number of bytes written to it.
@@ -205,7 +228,7 @@ impl Block {
         Ok(room - chain.writable.len())
     }
 
-    fn dispatch(&self, kind: u32, sector: u64, chain: &mut Chain<'_>) -> Result<(), Failure> {
+    fn dispatch(&mut self, kind: u32, sector: u64, chain: &mut Chain<'_>) -> Result<(), Failure> {
         match kind {
             T_IN => self.read(sector, &mut chain.writable),
             T_OUT => self.write(sector, &mut chain.readable),
@@ -235,43 +258,26 @@ impl Block {
     }
 
     fn read(&self, sector: u64, buffers: &mut Buffers<'_>) -> Result<(), Failure> {
-        let mut offset = self.transfer(sector, buffers)?;
-        if let Some(backing) = &self.backing {
-            while !buffers.is_empty() {
-                let count = iov::preadv(backing.file.as_fd(), buffers.slices(), offset)?;
-                if count == 0 {
-                    break;
-                }
-                buffers.advance(count);
-                offset += count as u64;
-            }
+        let offset = self.transfer(sector, buffers)?;
+        if let Some(layers) = &self.layers {
+            layers.read(offset, buffers)?;
         }
         buffers.fill_zero();
         Ok(())
     }
 
-    fn write(&self, sector: u64, buffers: &mut Buffers<'_>) -> Result<(), Failure> {
-        let mut offset = self.transfer(sector, buffers)?;
-        let backing = self.writable()?;
-        if offset + buffers.len() as u64 > backing.len {
+    fn write(&mut self, sector: u64, buffers: &mut Buffers<'_>) -> Result<(), Failure> {
+        let offset = self.transfer(sector, buffers)?;
+        let layers = self.writable()?;
+        if offset + buffers.len() as u64 > layers.len() {
             return Err(Failure::Refused);
         }
-        while !buffers.is_empty() {
-            let count = iov::pwritev(backing.file.as_fd(), buffers.slices(), offset)?;
-            if count == 0 {
-                return Err(Failure::Io(io::ErrorKind::WriteZero.into()));
-            }
-            buffers.advance(count);
-            offset += count as u64;
-        }
-        Ok(())
+        Ok(layers.write(offset, buffers)?)
     }
 
-    fn flush(&self) -> Result<(), Failure> {
-        match &self.backing {
-            Some(backing) if !self.state.read_only => {
-                fdatasync(&backing.file).map_err(|e| Failure::Io(e.into()))
-            }
+    fn flush(&mut self) -> Result<(), Failure> {
+        match &mut self.layers {
+            Some(layers) if !self.state.read_only => Ok(layers.flush()?),
             // Nothing was ever written.
             _ => Ok(()),
         }
@@ -284,8 +290,8 @@ impl Block {
     }
 
     /// Discard and write-zeroes: the segments are checked first, then applied.
-    fn discard(&self, kind: u32, buffers: &mut Buffers<'_>) -> Result<(), Failure> {
-        let backing = self.writable()?;
+    fn discard(&mut self, kind: u32, buffers: &mut Buffers<'_>) -> Result<(), Failure> {
+        self.writable()?;
         let count = buffers.len() / SEGMENT_SIZE;
         if count == 0
             || count > DISCARD_SEGMENTS_MAX as usize
@@ -299,8 +305,16 @@ impl Block {
             buffers.read_exact(&mut raw).map_err(|_| Failure::Refused)?;
             segments.push(self.segment(kind, raw)?);
         }
-        for segment in segments {
-            backing.clear(kind, &segment)?;
+        let layers = self.writable()?;
+        for Segment { offset, len, unmap } in segments {
+            let is_advice = kind == T_DISCARD;
+            match layers.clear(offset, len, unmap, is_advice) {
+                Ok(()) => {}
+                // A discard is advice (§5.2.6.2); zeroes the driver can write itself.
+                Err(Errno::OPNOTSUPP) if is_advice => {}
+                Err(Errno::OPNOTSUPP) => return Err(Failure::Unsupported),
+                Err(error) => return Err(Failure::Io(error.into())),
+            }
         }
         Ok(())
     }
@@ -330,10 +344,10 @@ impl Block {
         })
     }
 
-    /// The file, if the guest may write it.
-    fn writable(&self) -> Result<&Backing, Failure> {
-        match &self.backing {
-            Some(backing) if !self.state.read_only => Ok(backing),
+    /// The files, if the guest may write them.
+    fn writable(&mut self) -> Result<&mut Layers, Failure> {
+        match &mut self.layers {
+            Some(layers) if !self.state.read_only => Ok(layers),
             _ => Err(Failure::Refused),
         }
     }
@@ -374,64 +388,6 @@ struct Segment {
     len: u64,
     /// Give the space back.
     unmap: bool,
-}
-
-impl Backing {
-    fn bind(file: File, capacity: u64, read_only: bool) -> Result<Self, BlockError> {
-        let metadata = || file.metadata().map_err(BlockError::Io);
-        if !metadata()?.is_file() {
-            return Err(BlockError::NotAFile);
-        }
-        let flags = fcntl_getfl(&file).map_err(|e| BlockError::Io(e.into()))?;
-        match flags & OFlags::ACCMODE {
-            mode if mode == OFlags::RDWR => {}
-            mode if mode == OFlags::RDONLY && read_only => {}
-            _ => return Err(BlockError::Access),
-        }
-        let lock = if read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        flock(&file, lock).map_err(|error| match error {
-            Errno::WOULDBLOCK => BlockError::InUse,
-            other => BlockError::Io(other.into()),
-        })?;
-        // Only now: nobody else of ours changes it any more.
-        let len = metadata()?.len();
-        if len > capacity {
-            return Err(BlockError::FileTooLarge {
-                file: len,
-                capacity,
-            });
-        }
-        Ok(Self { file, len })
-    }
-
-    /// Makes `segment` read as zeroes, as far as the file goes; past its end it
-    /// does already.
-    fn clear(&self, kind: u32, segment: &Segment) -> Result<(), Failure> {
-        let len = segment.len.min(self.len.saturating_sub(segment.offset));
-        if len == 0 {
-            return Ok(());
-        }
-        let keep = FallocateFlags::KEEP_SIZE;
-        let attempt = |flags| fallocate(&self.file, keep | flags, segment.offset, len);
-        let mut result = Err(Errno::OPNOTSUPP);
-        if !segment.unmap {
-            result = attempt(FallocateFlags::ZERO_RANGE);
-        }
-        if result == Err(Errno::OPNOTSUPP) {
-            result = attempt(FallocateFlags::PUNCH_HOLE);
-        }
-        match result {
-            Ok(()) => Ok(()),
-            // A discard is advice (§5.2.6.2); zeroes the driver can write itself.
-            Err(Errno::OPNOTSUPP) if kind == T_DISCARD => Ok(()),
-            Err(Errno::OPNOTSUPP) => Err(Failure::Unsupported),
-            Err(error) => Err(Failure::Io(error.into())),
-        }
-    }
 }
 
 impl VirtioDevice for Block {

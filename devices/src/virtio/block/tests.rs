@@ -1,3 +1,5 @@
+mod layered;
+
 use super::*;
 use std::fs::OpenOptions;
 use std::io::{Read, Seek, SeekFrom, Write};
