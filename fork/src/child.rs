@@ -40,6 +40,8 @@ use vmm::Moment;
 /// host that is very busy, or emulated.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
+const POISONED: &str = "has failed and cannot be used any more";
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Forked,
@@ -82,6 +84,8 @@ pub(crate) struct Born {
     pub(crate) has_volumes: bool,
     /// Whether its writable layer's disk is mounted already.
     pub(crate) has_mounted_disk: bool,
+    /// Whether its writable layer is on a disk at all.
+    pub(crate) has_disk: bool,
     /// Whether it has a tap.
     pub(crate) has_network: bool,
 }
@@ -206,8 +210,8 @@ impl Child {
         container.network = self.born.has_network;
     }
 
-    /// Ties streams to the container that a warm child was born with, once the child's
-    /// hook has done its work.
+    /// Ties streams to the container that a child was born with, of a warm template or of
+    /// a child that ran, once the child's hook has done its work.
     ///
     /// # Errors
     /// A child of a bare template, one whose hook has failed, or one whose agent does not
@@ -440,7 +444,7 @@ impl Child {
     fn expect(&self, phase: Phase, otherwise: &'static str) -> Result<(), Error> {
         match self.phase {
             now if now == phase => Ok(()),
-            Phase::Poisoned => Err(Error::State("has failed and cannot be used any more")),
+            Phase::Poisoned => Err(Error::State(POISONED)),
             _ => Err(Error::State(otherwise)),
         }
     }

@@ -105,6 +105,9 @@ pub enum Error {
     /// A worker has ended, or broken the rules.
     #[error("the worker process has gone: {0}")]
     WorkerGone(String),
+    /// A template in parts that cannot be put together.
+    #[error("a template from another process cannot be used: {0}")]
+    Parcel(String),
     /// The call does not fit the child's state.
     #[error("the child {0}")]
     State(&'static str),

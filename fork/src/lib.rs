@@ -48,7 +48,8 @@
 //! [`Kind::Bare`] template, with the root image in [`ForkSpec::disks`];
 //! [`Child::attach`] in a child of a [`Kind::Warm`] one, whose container runs
 //! already. [`Child::await_warm`] and [`Child::freeze`] make a warm template of a
-//! child. `docs/library.md` tells the rest, and `docs/threat-model.md` who may share
+//! child; [`Child::fork`] forks one while it runs, at whatever instruction it is, and
+//! [`Child::capture`] makes a template of it. `docs/library.md` tells the rest, and `docs/threat-model.md` who may share
 //! a template.
 //!
 //! Everything blocks; there is no async runtime, no global state and no panic
@@ -67,6 +68,7 @@ mod identity;
 mod jail;
 mod machine;
 mod network;
+mod parcel;
 mod pool;
 mod request;
 mod stages;
@@ -82,6 +84,7 @@ pub use disk::{Disks, EmptyDisk};
 pub use error::Error;
 pub use guest::Guest;
 pub use network::Network;
+pub use parcel::Parcel;
 pub use pool::{Place, Pool, PoolStats};
 pub use stages::{ForkPath, Stages};
 pub use stats::ChildStats;

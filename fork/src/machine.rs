@@ -276,12 +276,17 @@ impl Machine {
         }
     }
 
-    /// See [`Vm::begin_capture`].
-    pub(crate) fn begin_capture(&mut self) -> Result<Capturing, Error> {
+    /// See [`Vm::begin_capture`] and, of a guest with Linux, [`Vm::check_kernel`].
+    pub(crate) fn begin_capture(&mut self, has_kernel: bool) -> Result<Capturing, Error> {
         match self {
-            Self::Here(local) => Ok(Capturing::Here(local.vm.begin_capture()?)),
+            Self::Here(local) => {
+                if has_kernel {
+                    local.vm.check_kernel()?;
+                }
+                Ok(Capturing::Here(local.vm.begin_capture()?))
+            }
             Self::Worker(remote) => {
-                let (image, layer) = remote.begin_capture()?;
+                let (image, layer) = remote.begin_capture(has_kernel)?;
                 Ok(Capturing::Worker { image, layer })
             }
         }

@@ -43,6 +43,7 @@ impl TemplateInfo {
         }
         let mut identity = identity::draw(&spec.hostname)?;
         identity.connections = spec.connections;
+        identity.live = self.live;
         Ok(Request {
             asked,
             identity,
@@ -94,6 +95,7 @@ impl Request {
             is_held: self.hold,
             has_volumes: !self.volumes.is_empty(),
             has_mounted_disk: self.disks.mounted.is_some(),
+            has_disk: self.disks.mounted.is_some() || self.disks.writable.is_some(),
             has_network: self.network.is_some(),
         })
     }

@@ -31,7 +31,7 @@ use vmm::{Cpu, Image, VmState};
 
 /// The version of the whole directory. Goes up with every change of meaning in
 /// the manifest, in the state or in what the memory holds.
-pub const FORMAT: u32 = 8;
+pub const FORMAT: u32 = 9;
 
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state";
@@ -61,6 +61,8 @@ pub struct Manifest {
     pub domain: String,
     /// The container inside, if there is one.
     pub warm: Option<Warm>,
+    /// Whether it ran when the picture was taken.
+    pub live: bool,
     /// The CPU on which it was frozen.
     pub cpu: Cpu,
     /// Of kernel and agent; empty without a Linux.
@@ -245,6 +247,7 @@ pub(crate) fn save(dir: &Path, contents: &Contents<'_>) -> Result<Manifest, Erro
         vcpus: state.vcpus() as u32,
         domain: info.domain.clone(),
         warm: info.warm.clone(),
+        live: info.live,
         cpu: info.cpu.clone(),
         guest_digest: info.guest_digest.clone(),
         state_bytes: state_bytes.len() as u64,

@@ -146,6 +146,8 @@ pub(crate) struct TemplateInfo {
     pub(crate) cpu: Cpu,
     pub(crate) domain: String,
     pub(crate) warm: Option<Warm>,
+    /// Whether the parent ran, and was not at its fork point.
+    pub(crate) live: bool,
     /// The root image of a warm template's container.
     pub(crate) root: Option<File>,
     /// What lay under the file system that the parent had mounted for its children's
@@ -153,7 +155,25 @@ pub(crate) struct TemplateInfo {
     pub(crate) empty_disk: Option<EmptyDisk>,
 }
 
-/// A frozen parent. Immutable, and cheap to share.
+impl TemplateInfo {
+    /// What is known of a child of it, in which this container is, from this root image;
+    /// and `live` if it runs.
+    pub(crate) fn with_container(&self, warm: Warm, root: Option<File>, live: bool) -> Self {
+        Self {
+            host: Arc::clone(&self.host),
+            kind: Kind::Warm,
+            guest_digest: self.guest_digest.clone(),
+            cpu: self.cpu.clone(),
+            domain: self.domain.clone(),
+            warm: Some(warm),
+            live,
+            root,
+            empty_disk: None,
+        }
+    }
+}
+
+/// A frozen parent, or a picture of one that ran ([`Child::capture`]). Immutable, and cheap to share.
 #[derive(Debug)]
 pub struct Template {
     info: Arc<TemplateInfo>,
@@ -215,6 +235,7 @@ impl Template {
                 cpu,
                 domain: spec.domain.clone(),
                 warm: None,
+                live: false,
                 root: None,
                 empty_disk,
             },
@@ -223,7 +244,7 @@ impl Template {
         ))
     }
 
-    fn new(info: TemplateInfo, image: Image, state: VmState) -> Self {
+    pub(crate) fn new(info: TemplateInfo, image: Image, state: VmState) -> Self {
         Self::of(&Arc::new(info), image, state)
     }
 
@@ -245,17 +266,7 @@ impl Template {
         image: Image,
         state: VmState,
     ) -> Self {
-        let info = TemplateInfo {
-            host: Arc::clone(&parent.host),
-            kind: Kind::Warm,
-            guest_digest: parent.guest_digest.clone(),
-            cpu: parent.cpu.clone(),
-            domain: parent.domain.clone(),
-            warm: Some(warm),
-            root,
-            empty_disk: None,
-        };
-        Self::new(info, image, state)
+        Self::new(parent.with_container(warm, root, false), image, state)
     }
 
     /// Opens a template on disk. Its memory is mapped from the page cache, so
@@ -277,6 +288,7 @@ impl Template {
                 cpu,
                 domain: manifest.domain,
                 warm: manifest.warm,
+                live: manifest.live,
                 root: opened.root,
                 empty_disk: opened.empty_disk,
             },
@@ -448,6 +460,10 @@ impl Template {
         &self.state
     }
 
+    pub(crate) fn info(&self) -> &TemplateInfo {
+        &self.info
+    }
+
     pub(crate) fn shared_state(&self) -> &Arc<VmState> {
         &self.state
     }
@@ -465,6 +481,11 @@ impl Template {
     /// What is inside.
     pub fn kind(&self) -> Kind {
         self.info.kind
+    }
+
+    /// Whether its parent ran, at any instruction, and was not at its fork point.
+    pub fn is_live(&self) -> bool {
+        self.info.live
     }
 
     /// The container inside a warm template.

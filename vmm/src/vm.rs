@@ -270,22 +270,29 @@ impl Vm {
         for vcpu in &parts.vcpus {
             vcpu.hear(&vcpu.ask(Order::Renew)?)??;
         }
-        let mut driver = [0; identity::DRIVER.len()];
-        parts
-            .kvm
-            .ram
-            .read(identity::GPA + identity::DRIVER_AT, &mut driver)?;
-        if driver != identity::DRIVER {
-            return Err(Error::Guest(
-                "the guest's kernel cannot be told of a new identity: it is not vm-run's own"
-                    .into(),
-            ));
-        }
+        self.check_kernel()?;
         parts.kvm.ram.write(identity::GPA, page)?;
         for (id, _) in (0..).zip(&parts.vcpus) {
             parts.kvm.interrupt(id, identity::VECTOR)?;
         }
         Ok(())
+    }
+
+    /// Whether its kernel takes an identity at any instruction.
+    ///
+    /// # Errors
+    /// One that does not.
+    pub fn check_kernel(&self) -> Result<(), Error> {
+        let mut driver = [0; identity::DRIVER.len()];
+        let at = identity::GPA + identity::DRIVER_AT;
+        self.parts()?.kvm.ram.read(at, &mut driver)?;
+        match driver {
+            identity::DRIVER => Ok(()),
+            _ => Err(Error::Guest(
+                "the guest's kernel cannot be told of a new identity: it is not vm-run's own"
+                    .into(),
+            )),
+        }
     }
 
     /// Ends it, and waits until it is closed.

@@ -72,7 +72,16 @@ impl Child {
     }
 
     fn await_identity(&mut self) -> Result<(), Error> {
-        match self.next(Some(Instant::now() + TIMEOUT), None)? {
+        let deadline = Instant::now() + TIMEOUT;
+        let mut next = self.next(Some(deadline), None)?;
+        if let Next::News(News::IdentityTaken { generation }) = next
+            && self.template.live
+            && generation == self.born.generation
+        {
+            // Its kernel's part; the agent's follows.
+            next = self.next(Some(deadline), None)?;
+        }
+        match next {
             Next::News(News::IdentityApplied {
                 generation,
                 entered,

@@ -6,13 +6,15 @@
 //! ```
 //! See `vmm/src/capture.rs` for what happens to the source.
 
-use super::{Child, Phase};
+use super::{Child, POISONED, Phase};
 use crate::error::Error;
+use crate::machine::Capturing;
 use crate::pool::Place;
 use crate::request::Request;
 use crate::stages::ForkPath;
-use crate::template::{ForkSpec, Kind, Template};
+use crate::template::{ForkSpec, Kind, Template, TemplateInfo, Warm};
 use crate::worker::{Remote, Workers, write_record};
+use std::fs::File;
 use std::sync::Arc;
 use vmm::{CaptureCost, Image, Shell};
 
@@ -35,32 +37,81 @@ impl Child {
     /// Forks it while it runs: each child goes on where this one was at one instant,
     /// wherever its vCPUs were, as somebody else. This one hardly notices.
     ///
-    /// Today a guest without Linux: the agent of one with a container does not know yet
-    /// that it may wake up as another's.
+    /// In a child of a guest with Linux no program runs before its identity holds. It has
+    /// the container as this one has it, to be attached to ([`Child::attach`]); what the
+    /// host had started beside it finds its streams closed, and connections of TCP are
+    /// reset unless its [`ForkSpec`] says otherwise.
     ///
     /// # Errors
-    /// A guest of Linux, a request as of [`Template::fork`], or what the monitor says. This
-    /// child runs on.
+    /// A container that does not run, or that has volumes or a writable layer on a disk;
+    /// a guest whose kernel is not vm-run's own; a request as of [`Template::fork`], or
+    /// what the monitor says. This child runs on.
     pub fn fork(&mut self, place: &Place, specs: Vec<ForkSpec>) -> Result<LiveFork, Error> {
-        if self.template.kind != Kind::Micro {
-            return Err(Error::Request(
-                "a Linux guest that runs cannot be forked yet: freeze its container",
-            ));
-        }
-        if self.phase == Phase::Poisoned {
-            return Err(Error::State("has failed and cannot be used any more"));
-        }
-        let requests = specs.into_iter().map(|spec| self.template.check(spec));
+        let info = self.pictured(&self.container.image)?;
+        let requests = specs.into_iter().map(|spec| info.check(spec));
         let requests = requests.collect::<Result<Vec<_>, _>>()?;
         let image = self.machine.image()?;
-        let vcpus = self.vcpus;
-        let mut waiting = make(place, &self.template.host, &image, vcpus, requests.len())?;
-        let capturing = self.machine.begin_capture()?;
+        let mut waiting = make(place, &info.host, &image, self.vcpus, requests.len())?;
+        let capturing = self.machine.begin_capture(info.live)?;
         lay(&mut waiting, &capturing.so_far())?;
-        let (image, state, cost) = self.machine.finish_capture(capturing)?;
-        let template = Template::of(&self.template, image, state);
+        let (template, cost) = self.finish(capturing, info)?;
         let children = start(&template, waiting, requests);
         Ok(LiveFork { children, cost })
+    }
+
+    /// Takes a picture of it while it runs: a template whose children go on where this one
+    /// was at one instant, as those of [`Child::fork`] do. It is in memory; what has not
+    /// been written since the child was forked is shared with it. `image` is what people
+    /// call the container's image.
+    ///
+    /// # Errors
+    /// As [`Child::fork`].
+    pub fn capture(&mut self, image: &str) -> Result<(Template, CaptureCost), Error> {
+        let info = self.pictured(image)?;
+        let capturing = self.machine.begin_capture(info.live)?;
+        self.finish(capturing, info)
+    }
+
+    fn finish(
+        &mut self,
+        capturing: Capturing,
+        info: Arc<TemplateInfo>,
+    ) -> Result<(Template, CaptureCost), Error> {
+        let (image, mut state, cost) = self.machine.finish_capture(capturing)?;
+        if info.live {
+            state.interrupt_for_identity();
+        }
+        Ok((Template::of(&info, image, state), cost))
+    }
+
+    /// What is said of a picture of it.
+    fn pictured(&self, image: &str) -> Result<Arc<TemplateInfo>, Error> {
+        if self.template.kind == Kind::Micro {
+            return match self.phase {
+                Phase::Poisoned => Err(Error::State(POISONED)),
+                _ => Ok(Arc::clone(&self.template)),
+            };
+        }
+        self.expect(Phase::Started, "has no container that runs")?;
+        if self.born.has_volumes {
+            return Err(Error::Request(
+                "a container with volumes cannot be forked while it runs",
+            ));
+        }
+        if self.born.has_disk {
+            return Err(Error::Request(
+                "a container whose writable layer is on a disk cannot be forked while it runs: keep it in guest memory (--writable-memory)",
+            ));
+        }
+        let root = self.born.root.as_ref().map(File::try_clone).transpose();
+        let root = root.map_err(Error::Process)?;
+        let container = Warm {
+            image: image.into(),
+            ..self.container.clone()
+        };
+        Ok(Arc::new(
+            self.template.with_container(container, root, true),
+        ))
     }
 }
 

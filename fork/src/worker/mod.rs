@@ -5,7 +5,7 @@
 //! [`main`]. [`Workers`] is the spawner as its owner sees it.
 
 pub(crate) mod packet;
-mod picture;
+pub(crate) mod picture;
 mod process;
 mod protocol;
 mod remote;

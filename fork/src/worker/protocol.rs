@@ -72,7 +72,10 @@ pub(crate) enum ToWorker {
     /// Tell the guest's last words.
     LastWords,
     /// Begin a picture of the guest, which runs on.
-    BeginCapture,
+    BeginCapture {
+        /// Whether it has to have one that takes an identity at any instruction.
+        has_kernel: bool,
+    },
     /// Take the picture that was begun.
     FinishCapture,
     /// Freeze the guest, which is at its fork point.

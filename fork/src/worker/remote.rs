@@ -109,8 +109,8 @@ impl Remote {
     }
 
     /// See [`vmm::Vm::begin_capture`]: the image as far as it is there, and its new layer.
-    pub(crate) fn begin_capture(&mut self) -> Result<(Image, File), Error> {
-        self.ask(&ToWorker::BeginCapture, &[])?;
+    pub(crate) fn begin_capture(&mut self, has_kernel: bool) -> Result<(Image, File), Error> {
+        self.ask(&ToWorker::BeginCapture { has_kernel }, &[])?;
         let with = match self.answer()? {
             (FromWorker::Copied, with) => with,
             (other, _) => return Err(odd(&other)),

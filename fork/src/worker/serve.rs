@@ -144,8 +144,15 @@ impl Worker {
                 let words = last_words(self.vm()?.console_tail(CONSOLE_LINES));
                 Ok((FromWorker::LastWords(words), Vec::new()))
             }
-            ToWorker::BeginCapture => {
-                let capture = self.vm()?.begin_capture().map_err(|e| e.to_string())?;
+            ToWorker::BeginCapture { has_kernel } => {
+                let vm = self.vm()?;
+                let kernel = if has_kernel {
+                    vm.check_kernel()
+                } else {
+                    Ok(())
+                };
+                let capture = kernel.and_then(|()| vm.begin_capture());
+                let capture = capture.map_err(|e| e.to_string())?;
                 let (layer, runs) = capture.layer();
                 let record = write_layer_record(None, runs).map_err(handing_over)?;
                 let layer = layer.try_clone().map_err(handing_over)?;
