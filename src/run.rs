@@ -262,6 +262,7 @@ fn blank(args: &CreateArgs, is_watched: bool) -> Result<Spec> {
         image: String::new(),
         image_id: None,
         rootfs: None,
+        origin: None,
         template: args.template.clone(),
         args: Vec::new(),
         env: Vec::new(),

@@ -238,6 +238,24 @@ pub fn open(root: &Path, host: Arc<Host>, name: &str) -> Result<Template> {
     Ok(Template::open(host, &dir)?)
 }
 
+/// Keeps a template under a name that is free.
+///
+/// # Errors
+/// A name that is taken or none, or what the file system says. Nothing is left then.
+pub fn keep(root: &Path, name: &str, template: &Template) -> Result<()> {
+    let shelf = Shelf::open(root)?;
+    let _lock = shelf.lock()?;
+    save(template, &shelf.free(name)?)
+}
+
+/// Whether a template could be kept under this name.
+///
+/// # Errors
+/// As [`keep`].
+pub fn check_free(root: &Path, name: &str) -> Result<()> {
+    Shelf::open(root)?.free(name).map(drop)
+}
+
 /// What the template with this name is.
 ///
 /// # Errors

@@ -6,10 +6,10 @@ use super::engine::Engine;
 use super::keys::Keys;
 use super::record::{Record, Status};
 use super::wire::{Answer, Exec, Request, Window};
-use super::{copy, inside, logs, parse_signal, show};
+use super::{copy, fork, inside, logs, parse_signal, show};
+use ::fork::{Moment, Stages};
 use anyhow::{Result, bail};
 use clap::Subcommand;
-use fork::{Moment, Stages};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -98,6 +98,9 @@ pub enum ContainerCommand {
         /// Print ids and commands whole
         #[arg(long)]
         no_trunc: bool,
+        /// Each below the one that it was forked from
+        #[arg(long, conflicts_with_all = ["quiet", "json"])]
+        tree: bool,
         /// Print a JSON array
         #[arg(long, conflicts_with = "quiet")]
         json: bool,
@@ -117,6 +120,17 @@ pub enum ContainerCommand {
         /// Only this port of the container
         #[arg(value_name = "PORT[/PROTOCOL]")]
         port: Option<String>,
+    },
+    /// Fork a container that runs: new ones go on where it is
+    Fork(fork::Args),
+    /// Make a template of a container that runs, which runs on
+    Freeze(fork::FreezeArgs),
+    /// Bring a container that runs back to where it was when a template was made of it
+    Rewind {
+        /// Its name or id
+        container: String,
+        /// The template, made of it by freeze
+        template: String,
     },
     /// Run one more command in a container
     Exec(ExecArgs),
@@ -302,6 +316,7 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
             all,
             quiet,
             no_trunc,
+            tree,
             json,
         } => {
             let mut records = engine.list()?;
@@ -309,6 +324,7 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
             match (quiet, json) {
                 (true, _) => show::ids(&records, no_trunc, &mut out)?,
                 (_, true) => show::json(&engine, &records, &mut out)?,
+                _ if tree => show::table(&show::as_tree(records), no_trunc, &mut out)?,
                 _ => show::table(&records, no_trunc, &mut out)?,
             }
         }
@@ -320,6 +336,15 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
             show::json(&engine, &records, &mut out)?;
         }
         ContainerCommand::Logs(args) => logs::show(&engine, &args)?,
+        ContainerCommand::Fork(args) => return fork::run(&engine, &args),
+        ContainerCommand::Freeze(args) => fork::freeze(&engine, &args, root)?,
+        ContainerCommand::Rewind {
+            container,
+            template,
+        } => {
+            engine.ask(&engine.find(&container)?, &Request::Rewind(template))?;
+            writeln!(out, "{container}")?;
+        }
         ContainerCommand::Exec(args) => return exec(&engine, args),
         ContainerCommand::Attach {
             no_stdin,

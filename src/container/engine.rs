@@ -198,7 +198,7 @@ impl Engine {
     }
 
     /// Starts a supervisor, which waits to be told what for.
-    fn supervise(&self, record: &Record) -> Result<UnixStream> {
+    pub(super) fn supervise(&self, record: &Record) -> Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
         let program = std::env::current_exe().context("cannot find our own program")?;
         let supervisor = Command::new(program)
@@ -441,6 +441,11 @@ impl Engine {
     pub fn mounts(&self, record: &Record) -> Vec<serde_json::Value> {
         let mounts = record.spec.mounts.iter();
         mounts.map(|mount| mount.object(&self.root)).collect()
+    }
+
+    /// Where its root file system is.
+    pub(super) fn root_of(&self, record: &Record) -> PathBuf {
+        self.directory(record).path(ROOT)
     }
 
     /// Where its log is.

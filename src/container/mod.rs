@@ -6,6 +6,7 @@
 //! directory   what belongs to one: lock, socket, disks, log
 //! supervisor  the process that owns one while it lives
 //! wire        what its clients say to it               (client: a session on a terminal)
+//! fork        new ones that go on where one is
 //! files       what is done with its files                      (copy: to and from ours)
 //! log         what it has said                         (logs: shown)
 //! ```
@@ -17,6 +18,7 @@ mod copy;
 mod directory;
 mod engine;
 mod files;
+mod fork;
 mod health;
 mod id;
 mod inside;

@@ -36,6 +36,9 @@ pub struct Spec {
     /// Its root file system, an image of one; none for a container that is in its
     /// template.
     pub rootfs: Option<PathBuf>,
+    /// The container that it was forked from, if that ran.
+    #[serde(default)]
+    pub origin: Option<Origin>,
     /// The template that was named.
     pub template: Option<String>,
     /// The command line of its first process; empty if the container is in its template
@@ -97,6 +100,18 @@ pub struct Spec {
     /// What most do not ask for.
     #[serde(default)]
     pub options: Options,
+}
+
+/// A container from which others were forked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Origin {
+    /// Its id.
+    pub id: String,
+    /// Its name, then.
+    pub name: String,
+    /// The template that it came from itself.
+    pub template: String,
 }
 
 impl Spec {

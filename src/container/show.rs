@@ -10,6 +10,7 @@ use anyhow::Result;
 use indicatif::HumanDuration;
 use jiff::Timestamp;
 use serde_json::{Value, json};
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::time::Duration;
 
@@ -54,6 +55,39 @@ pub fn table(records: &[Record], whole: bool, out: &mut impl Write) -> Result<()
         ]
     }));
     columns(&rows, out)
+}
+
+/// Each after the one that it was forked from, with its name indented. The source of one
+/// may be gone.
+pub fn as_tree(records: Vec<Record>) -> Vec<Record> {
+    let ids: HashSet<String> = records.iter().map(|record| record.id.clone()).collect();
+    let parent = |record: &Record| {
+        let origin = record.spec.origin.as_ref();
+        origin
+            .map(|origin| &origin.id)
+            .filter(|id| ids.contains(*id))
+            .cloned()
+    };
+    let mut below: HashMap<Option<String>, Vec<Record>> = HashMap::new();
+    for record in records {
+        below.entry(parent(&record)).or_default().push(record);
+    }
+    let mut tree = Vec::new();
+    // Those that are still to be looked at, the next one last; and how deep they are.
+    let mut left: Vec<(usize, Record)> = Vec::new();
+    let mut enter = |left: &mut Vec<(usize, Record)>, depth, of: Option<String>| {
+        let children = below.remove(&of).unwrap_or_default();
+        left.extend(children.into_iter().rev().map(|record| (depth, record)));
+    };
+    enter(&mut left, 0, None);
+    while let Some((depth, mut record)) = left.pop() {
+        enter(&mut left, depth + 1, Some(record.id.clone()));
+        if depth > 0 {
+            record.name = format!("{}└ {}", "  ".repeat(depth - 1), record.name);
+        }
+        tree.push(record);
+    }
+    tree
 }
 
 /// Rows as columns of a width, the last one as it is.
@@ -202,6 +236,7 @@ fn object(engine: &Engine, record: &Record) -> Value {
             "WritableBytes": engine.disk_bytes(record),
             "Supervisor": state.supervisor,
             "Identity": state.identity,
+            "ForkedFrom": spec.origin,
         },
     });
     spec.options.describe(&mut object);

@@ -8,11 +8,18 @@
 
 use crate::net::Membership;
 use anyhow::{Context, Result, bail};
-use fork::WindowSize;
 use fork::task::Task;
+use fork::{Parcel, WindowSize};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::io::{Read, Write};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 /// The longest frame: room for the longest command line and environment that Linux
 /// takes, in JSON.
@@ -28,6 +35,9 @@ pub enum Request {
         /// The size of its terminal.
         window: Option<Window>,
     },
+    /// In the place of [`Request::Start`]: begin as a fork of a container that runs.
+    /// Answered when all is ready for its picture, and again when it has begun.
+    StartFork,
     /// Be one more client of the first process.
     Attach {
         /// Whether input may come.
@@ -61,6 +71,10 @@ pub enum Request {
     Wait,
     /// What it costs.
     Stats,
+    /// Take a picture of it. The answer is followed by descriptors.
+    Capture,
+    /// Bring it back to where it was when this template was made of it.
+    Rewind(String),
     /// Put it on one more network.
     Connect(Membership),
     /// Take it off a network, by name.
@@ -132,6 +146,8 @@ pub enum Answer {
     Ended(u8),
     /// What it costs.
     Stats(Stats),
+    /// A picture is there: see [`Picture::receive`].
+    Captured(Label),
     /// It cannot be done.
     Failed {
         /// One line.
@@ -181,6 +197,97 @@ pub enum Frame {
     },
 }
 
+/// What comes before the descriptors of a picture.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Label {
+    /// See [`Parcel::label`].
+    text: Vec<u8>,
+    /// How many descriptors follow.
+    files: usize,
+}
+
+/// A picture of a container that ran: all that a child of it is made of.
+pub struct Picture(Parcel);
+
+/// Descriptors that go with one byte; Linux takes 253 (SCM_MAX_FD).
+const FILES_AT_ONCE: usize = 64;
+
+/// As many as a picture can have: a root image, a base, a state, and layers.
+const FILES_MAX: usize = 256;
+
+impl Picture {
+    /// Of a template that has been taken apart.
+    pub fn new(parcel: Parcel) -> Self {
+        Self(parcel)
+    }
+
+    /// The parts.
+    pub fn into_parcel(self) -> Parcel {
+        self.0
+    }
+
+    /// Sends it after an answer; or by itself.
+    ///
+    /// # Errors
+    /// A peer that is gone.
+    pub fn send(&self, to: &mut UnixStream) -> Result<()> {
+        send(to, &Answer::Captured(self.label()))?;
+        self.send_files(to)
+    }
+
+    fn label(&self) -> Label {
+        Label {
+            text: self.0.label.clone(),
+            files: self.0.files.len(),
+        }
+    }
+
+    fn send_files(&self, to: &mut UnixStream) -> Result<()> {
+        for files in self.0.files.chunks(FILES_AT_ONCE) {
+            let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_AT_ONCE))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !control.push(SendAncillaryMessage::ScmRights(&files)) {
+                bail!("too many descriptors for a message");
+            }
+            let byte = [IoSlice::new(&[FILES])];
+            sendmsg(&*to, &byte, &mut control, SendFlags::NOSIGNAL)?;
+        }
+        Ok(())
+    }
+
+    /// Receives what follows its label.
+    ///
+    /// # Errors
+    /// A peer that is gone, or does not keep to the rules.
+    pub fn receive(label: Label, from: &mut UnixStream) -> Result<Self> {
+        if label.files > FILES_MAX {
+            bail!("a picture of {} files, which are too many", label.files);
+        }
+        let mut files: Vec<OwnedFd> = Vec::new();
+        while files.len() < label.files {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_AT_ONCE))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut byte = [0];
+            let mut slices = [IoSliceMut::new(&mut byte)];
+            let got = recvmsg(&*from, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+            let before = files.len();
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                    files.extend(descriptors);
+                }
+            }
+            if got.bytes != 1 || byte != [FILES] || files.len() == before {
+                bail!("a picture that is cut short");
+            }
+        }
+        Ok(Self(Parcel {
+            label: label.text,
+            files,
+        }))
+    }
+}
+
 const MESSAGE: u8 = 0;
 /// Of [`Frame::Input`], for those who send input without owning it.
 pub const INPUT: u8 = 1;
@@ -192,6 +299,8 @@ pub const STDOUT: u8 = 5;
 /// Of [`Frame::Stderr`], likewise.
 pub const STDERR: u8 = 6;
 const ENDED: u8 = 7;
+/// Beside it come descriptors; it has no length.
+const FILES: u8 = 8;
 
 /// Sends a request or an answer.
 ///

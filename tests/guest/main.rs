@@ -15,6 +15,8 @@ mod instants;
 mod isolation;
 mod kernel;
 mod kills;
+mod live;
+mod live_cli;
 mod machine;
 mod network;
 mod networks;

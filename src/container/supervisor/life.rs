@@ -3,24 +3,20 @@
 
 use super::session::{Client, DRAIN, Farewells, Session, SharedLog, lock};
 use crate::bell::Bell;
-use crate::container::directory::Directory;
-use crate::container::record::{Identity, Layer, Record, Spec};
+use crate::container::record::{Identity, Spec};
+use crate::container::set_env;
 use crate::container::wire::{self, Answer, Exec, Stats, Window};
-use crate::container::{ROOT, WRITABLE, set_env};
-use crate::net::{Attachment, Naming};
 use crate::templates;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use fork::task::Task;
 use fork::{
-    CONTAINER, Child, Connections, ContainerSpec, Disks, ForkSpec, Host, Place, Pool, Process,
-    ProcessId, ProcessSpec, Stages, Stream, Template, WindowSize, Writable,
+    CONTAINER, Child, Host, Parcel, Process, ProcessId, ProcessSpec, Stream, Template, Warm,
 };
 use rustix::fd::AsFd;
 use std::collections::HashMap;
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// What is asked of a live container. Each is answered on the channel it brings.
@@ -30,6 +26,9 @@ pub enum Order {
     Pause(SyncSender<Result<()>>),
     Unpause(SyncSender<Result<()>>),
     Stats(SyncSender<Result<Stats>>),
+    Capture(SyncSender<Result<Parcel>>),
+    /// To the template of this name.
+    Rewind(String, SyncSender<Result<()>>),
     /// All that its first process has written has gone to whoever watches.
     HeardOut,
     /// End the virtual machine, whatever runs in it.
@@ -54,24 +53,6 @@ impl Orders {
     }
 }
 
-/// Everything that lives are made of, made once.
-pub struct Mother {
-    pool: Pool,
-    /// The template's.
-    name: String,
-    notices: Vec<String>,
-    spec: Spec,
-    directory: Directory,
-    /// The state directory.
-    root: PathBuf,
-    log: SharedLog,
-    farewells: Arc<Farewells>,
-    network: SharedNetwork,
-}
-
-/// What connects the container, if anything does.
-pub type SharedNetwork = Arc<Mutex<Option<Attachment>>>;
-
 /// A container that runs.
 pub struct Life {
     child: Child,
@@ -82,8 +63,19 @@ pub struct Life {
     orders: Receiver<Order>,
     way: Orders,
     spec: Spec,
+    /// The state directory.
+    root: PathBuf,
+    host: Arc<Host>,
     is_paused: bool,
     farewells: Arc<Farewells>,
+}
+
+/// How a life ends.
+pub enum Ending {
+    /// The container has, with this status.
+    Exited(u8),
+    /// It is to go on where this template is; whoever wants that waits.
+    Rewind(Arc<Template>, SyncSender<Result<()>>),
 }
 
 /// One more process of the container.
@@ -93,244 +85,20 @@ struct Other {
     drain: Option<Duration>,
 }
 
-impl Mother {
-    /// Finds or builds the template, and has workers started.
-    ///
-    /// # Errors
-    /// One line.
-    pub fn new(
-        root: &Path,
-        record: &Record,
-        directory: &Directory,
-        log: SharedLog,
-        farewells: Arc<Farewells>,
-        network: SharedNetwork,
-    ) -> Result<Self> {
-        let spec = record.spec.clone();
-        // First: the worker comes up while the rest is found.
-        let (workers, notices) = crate::workers::start(crate::workers::JailArgs {
-            no_jail: spec.no_jail,
-        })?;
-        workers.spawn_ahead()?;
-        let host = Arc::new(Host::open()?);
-        let machine = spec.machine();
-        let (template, name) = match &spec.template {
-            Some(name) => (templates::open(root, host, name)?, name.clone()),
-            None => (
-                templates::default_for(root, host, &machine, &spec.domain)?,
-                templates::default_name(&machine, &spec.domain)?,
-            ),
-        };
-        let pool = Pool::new(Arc::new(template), Place::Workers(workers), 0)?;
-        Ok(Self {
-            pool,
-            name,
-            notices,
-            spec,
-            directory: directory.clone(),
-            root: root.to_owned(),
-            log,
-            farewells,
-            network,
-        })
-    }
-
-    fn template(&self) -> &Template {
-        self.pool.template()
-    }
-
-    /// What the person who starts it has to be told.
-    pub fn notices(&self) -> &[String] {
-        &self.notices
-    }
-
-    /// What it forks, for people.
-    pub fn template_name(&self) -> String {
-        self.name.clone()
-    }
-
-    /// Forks a child and starts the container in it. `begun` is told when it has begun
-    /// and before its first output is taken, and gives those who are to see that.
-    ///
-    /// # Errors
-    /// What forbids it; a [`fork::Error`] within tells docker's status.
-    pub fn give_birth(
-        &self,
-        window: Option<WindowSize>,
-        begun: impl FnOnce(&Stages) -> Vec<Arc<Client>>,
-    ) -> Result<Life> {
-        let mut child = self.fork()?;
-        let process = match (self.template().warm(), self.spec.args.is_empty()) {
-            (None, _) => {
-                let container = ContainerSpec {
-                    kept: self.spec.writable == Layer::Disk && !self.spec.auto_remove,
-                    options: self.spec.options.container(self.spec.cpus, &self.naming()),
-                    ..self.container()
-                };
-                child.start(container, first_process(&self.spec, window))?
-            }
-            (Some(warm), true) => child.attach(&warm.streams)?,
-            (Some(warm), false) => {
-                // Nobody has anything to say to it, and its input is not to end.
-                let unseen: Vec<Stream> = warm
-                    .streams
-                    .iter()
-                    .copied()
-                    .filter(|stream| *stream != Stream::Stdin)
-                    .collect();
-                crate::stdio::discard(child.attach(&unseen)?)?;
-                child.exec(first_process(&self.spec, window))?
-            }
-        };
-        let main_id = process.remote.process();
-        let clients = begun(&child.stages());
-        let main = Session::new(process, Some(&self.log), clients)?;
-        if !self.spec.stdin {
-            // Of a container that goes on: nobody will say anything to it.
-            main.end_input();
-        }
-        self.life(child, main, main_id)
-    }
-
-    /// Forks a child and opens the container's files in it.
-    ///
-    /// # Errors
-    /// As [`Self::give_birth`].
-    pub fn open(&self) -> Result<Life> {
-        let mut child = self.fork()?;
-        let process = child.open(ContainerSpec {
-            kept: self.spec.writable == Layer::Disk,
-            ..self.container()
-        })?;
-        let main_id = process.remote.process();
-        let main = Session::new(process, None, Vec::new())?;
-        self.life(child, main, main_id)
-    }
-
-    fn fork(&self) -> Result<Child> {
-        Ok(self.pool.fork(ForkSpec {
-            hostname: self.spec.hostname.clone(),
-            disks: self.disks()?,
-            domain: self.spec.domain.clone(),
-            volumes: self.volumes()?,
-            network: self.tap()?,
-            connections: match self.spec.keep_connections {
-                true => Connections::Keep,
-                false => Connections::Reset,
-            },
-            ..ForkSpec::default()
-        })?)
-    }
-
-    fn tap(&self) -> Result<Option<fork::Network>> {
-        let network = lock(&self.network);
-        network.as_ref().map(Attachment::tap).transpose()
-    }
-
-    fn naming(&self) -> Naming {
-        let dns = &self.spec.options.dns;
-        match &*lock(&self.network) {
-            Some(network) => network.naming(dns),
-            None => Naming::without_network(dns),
-        }
-    }
-
-    /// Its file systems.
-    fn container(&self) -> ContainerSpec {
-        ContainerSpec {
-            writable: match self.spec.writable {
-                Layer::Disk | Layer::Inside => Writable::Disk,
-                Layer::Memory(limit) => Writable::Memory { limit },
-                Layer::Nothing => Writable::Nothing,
-            },
-            volumes: (self.spec.mounts.iter().enumerate())
-                .map(|(number, mount)| mount.in_guest(number))
-                .collect(),
-            ..ContainerSpec::default()
-        }
-    }
-
-    fn life(&self, child: Child, main: Arc<Session>, main_id: ProcessId) -> Result<Life> {
-        let (sender, orders) = channel();
-        let bell = Bell::new().context("cannot make an eventfd")?;
-        Ok(Life {
-            child,
-            main,
-            main_id,
-            others: HashMap::new(),
-            orders,
-            way: Orders { sender, bell },
-            spec: self.spec.clone(),
-            is_paused: false,
-            farewells: Arc::clone(&self.farewells),
-        })
-    }
-
-    fn volumes(&self) -> Result<Vec<fork::Volume>> {
-        let mounts = self.spec.mounts.iter();
-        mounts.map(|mount| mount.open(&self.root)).collect()
-    }
-
-    /// Makes its writable layer, if it has none yet: the empty disk that this template
-    /// has mounted. It is there whole or not at all; we hold the container's lock.
-    fn ensure_writable(&self) -> Result<()> {
-        let path = self.directory.path(WRITABLE);
-        if path.exists() {
-            return Ok(());
-        }
-        let empty = self.template().empty_disk();
-        let empty = empty.context("the template has no empty disk: remove and rebuild it")?;
-        let unfinished = path.with_extension("new");
-        let write = || {
-            let file = File::create(&unfinished)?;
-            empty.write_to(&file)?;
-            if !self.spec.auto_remove {
-                file.sync_all()?;
-            }
-            std::fs::rename(&unfinished, &path)
-        };
-        write().with_context(|| format!("cannot make {}", path.display()))
-    }
-
-    fn disks(&self) -> Result<Disks> {
-        let open = |name: &str, write: bool| {
-            let path = self.directory.path(name);
-            File::options()
-                .read(true)
-                .write(write)
-                .open(&path)
-                .with_context(|| format!("cannot open {}", path.display()))
-        };
-        Ok(Disks {
-            root: match self.spec.rootfs {
-                Some(_) => Some(open(ROOT, false)?),
-                None => None,
-            },
-            writable: match self.spec.writable {
-                Layer::Disk => {
-                    self.ensure_writable()?;
-                    Some(open(WRITABLE, true)?)
-                }
-                Layer::Memory(_) | Layer::Nothing | Layer::Inside => None,
-            },
-        })
-    }
-}
-
-fn first_process(spec: &Spec, window: Option<WindowSize>) -> ProcessSpec {
-    ProcessSpec {
-        args: spec.args.clone(),
-        env: spec.env.clone(),
-        cwd: spec.cwd.clone(),
-        user: spec.user.clone(),
-        streams: streams(spec.tty, spec.stdin),
-        window,
-        options: spec.options.process(false),
-    }
+/// What a life is made of.
+pub struct LifeSpec {
+    pub child: Child,
+    pub main: Arc<Session>,
+    pub main_id: ProcessId,
+    pub spec: Spec,
+    /// The state directory.
+    pub root: PathBuf,
+    pub host: Arc<Host>,
+    pub farewells: Arc<Farewells>,
 }
 
 /// The streams of a process.
-fn streams(tty: bool, stdin: bool) -> Vec<Stream> {
+pub(super) fn streams(tty: bool, stdin: bool) -> Vec<Stream> {
     match (tty, stdin) {
         (true, _) => vec![Stream::Terminal],
         (false, true) => vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
@@ -339,6 +107,28 @@ fn streams(tty: bool, stdin: bool) -> Vec<Stream> {
 }
 
 impl Life {
+    /// A container that has begun.
+    ///
+    /// # Errors
+    /// No descriptor.
+    pub fn new(of: LifeSpec) -> Result<Self> {
+        let (sender, orders) = channel();
+        let bell = Bell::new().context("cannot make an eventfd")?;
+        Ok(Self {
+            child: of.child,
+            main: of.main,
+            main_id: of.main_id,
+            others: HashMap::new(),
+            orders,
+            way: Orders { sender, bell },
+            spec: of.spec,
+            root: of.root,
+            host: of.host,
+            is_paused: false,
+            farewells: of.farewells,
+        })
+    }
+
     /// What its child has become.
     pub fn identity(&self) -> Option<Identity> {
         let generation = self.child.generation()?;
@@ -350,17 +140,17 @@ impl Life {
         self.way.clone()
     }
 
-    /// Lives: obeys, until the container ends; the result is its status.
+    /// Lives: obeys, until the container ends or is to be another.
     ///
     /// # Errors
     /// A virtual machine that dies instead.
-    pub fn live(&mut self) -> Result<u8> {
+    pub fn live(&mut self) -> Result<Ending> {
         let bell = self.way.bell.clone();
         loop {
             match self.child.next_exit(bell.as_fd())? {
                 Some((process, status)) if process == self.main_id => {
                     self.hear_out()?;
-                    return Ok(status.code());
+                    return Ok(Ending::Exited(status.code()));
                 }
                 // A container that was beside the command, or has been told of.
                 Some((process, status)) => {
@@ -373,15 +163,36 @@ impl Life {
                 None => {
                     bell.hush();
                     while let Ok(order) = self.orders.try_recv() {
-                        if matches!(order, Order::End) {
-                            const KILLED: u8 = 128 + 9;
-                            return Ok(KILLED);
+                        match order {
+                            Order::End => {
+                                const KILLED: u8 = 128 + 9;
+                                return Ok(Ending::Exited(KILLED));
+                            }
+                            Order::Rewind(name, reply) => match self.checkpoint(&name) {
+                                Ok(template) => {
+                                    return Ok(Ending::Rewind(Arc::new(template), reply));
+                                }
+                                Err(error) => drop(reply.send(Err(error))),
+                            },
+                            order => self.obey(order),
                         }
-                        self.obey(order);
                     }
                 }
             }
         }
+    }
+
+    /// The template of this name, if this container can go on from there.
+    fn checkpoint(&self, name: &str) -> Result<Template> {
+        let template = templates::open(&self.root, Arc::clone(&self.host), name)?;
+        let (image, args) = (&self.spec.image, &self.spec.args);
+        // One that came from a template itself has no command of its own.
+        let is_of_it =
+            |inside: &Warm| inside.image == *image && (args.is_empty() || inside.command == *args);
+        if !template.is_live() || !template.warm().is_some_and(is_of_it) {
+            bail!("template {name} was not made of such a container that ran: see freeze --as");
+        }
+        Ok(template)
     }
 
     /// Waits until what the first process has written has gone to whoever watches: one who
@@ -425,6 +236,12 @@ impl Life {
             }
             Order::Stats(reply) => {
                 reply.send(self.stats()).ok();
+            }
+            Order::Capture(reply) => {
+                reply.send(self.capture()).ok();
+            }
+            Order::Rewind(_, reply) => {
+                reply.send(Err(anyhow!("the container has ended"))).ok();
             }
             Order::HeardOut | Order::End => {}
         }
@@ -502,6 +319,12 @@ impl Life {
         self.child.unpause()?;
         self.is_paused = false;
         Ok(())
+    }
+
+    fn capture(&mut self) -> Result<Parcel> {
+        self.check_not_paused()?;
+        let (template, _) = self.child.capture(&self.spec.image)?;
+        Ok(template.pack()?)
     }
 
     fn stats(&self) -> Result<Stats> {

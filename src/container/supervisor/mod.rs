@@ -10,12 +10,14 @@
 //! as its standard input, so that nothing of the first output is lost.
 
 mod life;
+mod mother;
 mod open;
 mod probe;
 mod serve;
 mod session;
 
-use self::life::{Life, Mother, SharedNetwork};
+use self::life::{Ending, Life};
+use self::mother::{Mother, MotherSpec, SharedNetwork};
 use self::serve::{Now, Shared};
 use self::session::{Client, Farewells, Session, SharedLog, lock};
 use super::directory::{Directory, Ownership};
@@ -27,7 +29,7 @@ use super::store::Store;
 use super::wire::{self, Answer, Request, Window};
 use crate::net::{Attachment, Who};
 use anyhow::{Context, Result, bail};
-use fork::WindowSize;
+use fork::{Host, Template, WindowSize};
 use jiff::Timestamp;
 use rustix::fd::AsFd;
 use std::fs::File;
@@ -85,12 +87,23 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
     )?));
     let farewells = Arc::new(Farewells::default());
     let shared = Shared::new(store, record.clone(), Arc::clone(&farewells));
-    let (attach, window) = match wire::receive(starter)? {
-        Some(Request::Start { attach, window }) => (attach, window.map(Window::size)),
+    let network = shared.network();
+    let of_mother = |network, is_fork| MotherSpec {
+        root,
+        record: &record,
+        directory: &directory,
+        log: Arc::clone(&log),
+        farewells: Arc::clone(&farewells),
+        network,
+        is_fork,
+    };
+    let (attach, window, is_fork) = match wire::receive(starter)? {
+        Some(Request::Start { attach, window }) => (attach, window.map(Window::size), false),
+        Some(Request::StartFork) => (false, None, true),
         Some(Request::Open) => {
             // Nothing runs in it, so nothing of it is on a network.
-            let network = SharedNetwork::default();
-            let mother = Mother::new(root, &record, &directory, log, farewells, network)?;
+            let of_mother = of_mother(SharedNetwork::default(), false);
+            let mother = Mother::new(of_mother, |host| mother::find_template(root, &record, host))?;
             return open::hold(&mother, listener, &shared, starter, ownership);
         }
         // Whoever wanted it has thought better of it.
@@ -99,7 +112,6 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
     };
     serve::listen(listener, &shared)?;
     serve::heed_signals(&shared)?;
-    let network = shared.network();
     let supervisor = Supervisor {
         root: root.to_owned(),
         shared,
@@ -110,8 +122,15 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
         attach,
         window,
     };
-    let ended = Mother::new(root, &record, &directory, log, farewells, network)
-        .and_then(|mother| supervisor.lives(&mother));
+    let find = |host| {
+        supervisor.connect()?;
+        match is_fork {
+            true => supervisor.receive_picture(host),
+            false => mother::find_template(root, &record, host),
+        }
+    };
+    let ended =
+        Mother::new(of_mother(network, is_fork), find).and_then(|mother| supervisor.lives(&mother));
     supervisor.end(&directory, ownership, ended)
 }
 
@@ -141,7 +160,6 @@ impl Supervisor {
     /// one before the first began.
     fn lives(&self, mother: &Mother) -> Result<Ended> {
         let mut pause = FIRST_PAUSE;
-        self.connect()?;
         let mut ended = self.first_life(mother)?;
         loop {
             life::finish(&self.log);
@@ -166,7 +184,7 @@ impl Supervisor {
             pause = (pause * 2).min(LONGEST_PAUSE);
             let begun = Instant::now();
             ended = match mother.give_birth(None, |_| Vec::new()) {
-                Ok(life) => self.live(life, mother.template_name())?,
+                Ok(life) => self.live(mother, life)?,
                 Err(error) => Ended {
                     status: exit_status(&error),
                     error: one_line(&error),
@@ -192,6 +210,24 @@ impl Supervisor {
             *lock(&self.network) = Some(Attachment::new(&who, &record.spec.network)?);
         }
         Ok(())
+    }
+
+    /// Says that all is ready for it, and takes the picture of the container's source.
+    fn receive_picture(&self, host: Arc<Host>) -> Result<(Template, String)> {
+        let mut starter = self.starter.try_clone().context("dup")?;
+        wire::send(&mut starter, &Answer::Done)?;
+        match wire::receive(&mut starter)? {
+            Some(Answer::Captured(label)) => {
+                let picture = wire::Picture::receive(label, &mut starter)?;
+                let template = Template::unpack(host, picture.into_parcel())?;
+                let origin = self.shared.read(|record| record.spec.origin.clone());
+                Ok((
+                    template,
+                    origin.map_or_else(String::new, |origin| origin.template),
+                ))
+            }
+            _ => bail!("whoever wanted the fork has gone"),
+        }
     }
 
     fn first_life(&self, mother: &Mother) -> Result<Ended> {
@@ -222,15 +258,12 @@ impl Supervisor {
             let stream = self.starter.try_clone().context("dup")?;
             serve::take_input(stream, client, Arc::clone(&life.main), &self.shared)?;
         }
-        self.live(life, mother.template_name())
+        self.live(mother, life)
     }
 
-    fn live(&self, mut life: Life, template: String) -> Result<Ended> {
-        let is_probed = self
-            .shared
-            .read(|record| record.spec.options.health.is_some());
+    fn live(&self, mother: &Mother, life: Life) -> Result<Ended> {
+        let template = mother.template_name();
         self.shared.change(|state| {
-            state.status = Status::Running;
             state.supervisor = Some(std::process::id());
             state.started = Some(Timestamp::now());
             state.finished = None;
@@ -241,6 +274,51 @@ impl Supervisor {
                 state.places = network.places();
                 state.ports = network.ports().to_vec();
             }
+        })?;
+        let mut life = life;
+        loop {
+            let (main, lived) = self.live_once(life)?;
+            let (status, error) = match lived {
+                Ok(Ending::Exited(status)) => (status, String::new()),
+                Ok(Ending::Rewind(template, reply)) => {
+                    const REWOUND: &str = "the container was brought back to a checkpoint";
+                    main.farewell(
+                        crate::FAILED,
+                        REWOUND,
+                        Some(Duration::ZERO),
+                        &self.farewells,
+                    )?;
+                    match mother.bring_back(template) {
+                        Ok(next) => {
+                            // Whoever asked may have gone.
+                            reply.send(Ok(())).ok();
+                            life = next;
+                            continue;
+                        }
+                        Err(error) => {
+                            let line = one_line(&error);
+                            reply.send(Err(error)).ok();
+                            (crate::FAILED, line)
+                        }
+                    }
+                }
+                Err(error) => (exit_status(&error), one_line(&error)),
+            };
+            return Ok(Ended {
+                status,
+                error,
+                main,
+            });
+        }
+    }
+
+    /// To the end of one virtual machine.
+    fn live_once(&self, mut life: Life) -> Result<(Arc<Session>, Result<Ending>)> {
+        let is_probed = self
+            .shared
+            .read(|record| record.spec.options.health.is_some());
+        self.shared.change(|state| {
+            state.status = Status::Running;
             state.health = is_probed.then(Health::default);
             state.identity = life.identity();
         })?;
@@ -252,19 +330,7 @@ impl Supervisor {
         let lived = life.live();
         drop(watch);
         self.shared.set_now(Now::Between);
-        let main = life.bury()?;
-        Ok(match lived {
-            Ok(status) => Ended {
-                status,
-                error: String::new(),
-                main,
-            },
-            Err(error) => Ended {
-                status: exit_status(&error),
-                error: one_line(&error),
-                main,
-            },
-        })
+        Ok((life.bury()?, lived))
     }
 
     /// Of a container that is gone: the volumes that nobody gave a name.

@@ -2,7 +2,7 @@
 //! runs but what its clients have done. Its state does not change; it cannot be started
 //! meanwhile.
 
-use super::life::Mother;
+use super::mother::Mother;
 use super::serve::{self, Now, Shared};
 use crate::container::directory::Ownership;
 use crate::container::wire::{self, Answer};

@@ -1,6 +1,7 @@
 //! The supervisor's clients: a thread for each connection.
 
-use super::life::{Order, Orders, SharedNetwork};
+use super::life::{Order, Orders};
+use super::mother::SharedNetwork;
 use super::session::{Client, Farewells, Session, lock};
 use super::{failed, one_line};
 use crate::container::record::{Record, State, Status};
@@ -249,7 +250,9 @@ fn serve(mut stream: UnixStream, shared: &Arc<Shared>) -> Result<()> {
     // Until it has its answer, the process stays.
     let ticket = shared.farewells.begin();
     let done = match request {
-        Request::Start { .. } | Request::Open => Err(anyhow!("the container runs already")),
+        Request::Start { .. } | Request::StartFork | Request::Open => {
+            Err(anyhow!("the container runs already"))
+        }
         Request::Attach { stdin } => return attach(stream, stdin, shared),
         Request::Exec(exec) => {
             let detach = exec.detach;
@@ -262,6 +265,7 @@ fn serve(mut stream: UnixStream, shared: &Arc<Shared>) -> Result<()> {
             let order = |clients, reply| Order::Task(task, clients, reply);
             return begin_beside(stream, false, is_to_end, order, shared);
         }
+        Request::Capture => return capture(&mut stream, shared),
         Request::Signal(signal) => send_signal(shared, signal).map(|()| Answer::Done),
         Request::Stop { signal, timeout } => stop(shared, signal, timeout).map(Answer::Ended),
         Request::Kill => kill(shared).map(Answer::Ended),
@@ -280,11 +284,22 @@ fn serve(mut stream: UnixStream, shared: &Arc<Shared>) -> Result<()> {
         Request::Disconnect(network) => shared
             .change_network(|attachment| attachment.disconnect(&network))
             .map(|()| Answer::Done),
+        Request::Rewind(name) => shared
+            .order(|reply| Order::Rewind(name, reply))
+            .map(|()| Answer::Done),
         Request::Stats => shared.order(Order::Stats).map(Answer::Stats),
     };
     wire::send(&mut stream, &done.unwrap_or_else(|error| failed(&error)))?;
     drop(ticket);
     Ok(())
+}
+
+/// A picture of the container, for whoever forks it.
+fn capture(stream: &mut UnixStream, shared: &Shared) -> Result<()> {
+    match shared.order(Order::Capture) {
+        Ok(parcel) => wire::Picture::new(parcel).send(stream),
+        Err(error) => wire::send(stream, &failed(&error)),
+    }
 }
 
 fn attach(mut stream: UnixStream, stdin: bool, shared: &Arc<Shared>) -> Result<()> {

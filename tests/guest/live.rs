@@ -1,0 +1,205 @@
+//! Containers that are forked while they run.
+
+use crate::support::{PATIENCE, boot, fork_busybox};
+use fork::{
+    Child, ContainerSpec, ForkSpec, Place, Process, ProcessSpec, Stream, Template, Writable,
+};
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::OnceLock;
+
+/// A shell that reads lines and obeys them.
+const OBEY: &str = r#"while read -r line; do eval "$line"; echo "=$?"; done"#;
+
+fn bare() -> &'static Template {
+    static BARE: OnceLock<Template> = OnceLock::new();
+    BARE.get_or_init(|| boot(128, 1))
+}
+
+/// A shell in a container, and the way to it.
+struct Shell {
+    child: Child,
+    stdin: UnixStream,
+    stdout: BufReader<UnixStream>,
+}
+
+impl Shell {
+    fn start(hostname: &str, script: &str) -> Self {
+        let mut child = fork_busybox(bare(), hostname);
+        let container = ContainerSpec {
+            writable: Writable::Memory { limit: 16 << 20 },
+            ..ContainerSpec::default()
+        };
+        let streams = [Stream::Stdin, Stream::Stdout];
+        let process = child.start(container, process(&["sh", "-c", script], &streams));
+        Self::of(child, process.expect("starts"))
+    }
+
+    fn attach(mut child: Child) -> Self {
+        let process = child.attach(&[Stream::Stdin, Stream::Stdout]);
+        Self::of(child, process.expect("attaches"))
+    }
+
+    fn of(child: Child, process: Process) -> Self {
+        let stdout = process.stdout.expect("was asked for");
+        stdout.set_read_timeout(Some(PATIENCE)).expect("set");
+        Self {
+            child,
+            stdin: process.stdin.expect("was asked for"),
+            stdout: BufReader::new(stdout),
+        }
+    }
+
+    /// What it prints when it is told this.
+    fn ask(&mut self, line: &str) -> String {
+        writeln!(self.stdin, "{line}").expect("is heard");
+        let mut said = String::new();
+        loop {
+            let mut line = String::new();
+            self.stdout.read_line(&mut line).expect("reads");
+            match line.strip_prefix('=') {
+                Some("0\n") => return said.trim_end().to_owned(),
+                _ if line.is_empty() => panic!("it ended: {said}"),
+                _ => said.push_str(&line),
+            }
+        }
+    }
+
+    fn fork(&mut self, names: &[&str]) -> Vec<Self> {
+        let specs = names.iter().map(|name| named(name)).collect();
+        let forked = self.child.fork(&Place::ThisProcess, specs).expect("forks");
+        let children = forked.children.into_iter();
+        children
+            .map(|child| Self::attach(child.expect("is forked")))
+            .collect()
+    }
+}
+
+fn named(hostname: &str) -> ForkSpec {
+    ForkSpec {
+        hostname: hostname.into(),
+        ..ForkSpec::default()
+    }
+}
+
+fn process(args: &[&str], streams: &[Stream]) -> ProcessSpec {
+    ProcessSpec {
+        args: args.iter().map(|&word| word.to_owned()).collect(),
+        env: vec!["PATH=/bin:/sbin:/usr/bin:/usr/sbin".into()],
+        streams: streams.to_vec(),
+        ..ProcessSpec::default()
+    }
+}
+
+/// What no two of a family have in common.
+const OWN: [&str; 6] = [
+    "cat /proc/sys/kernel/random/generation",
+    "cat /proc/sys/kernel/random/boot_id",
+    "cat /proc/sys/kernel/random/uuid",
+    "head -c 16 /dev/urandom | hexdump",
+    "hostname",
+    "cat /etc/hostname",
+];
+
+#[test]
+fn a_child_goes_on_where_its_source_was_as_somebody_else() {
+    let mut source = Shell::start("source", OBEY);
+    source.ask("x=17; mkdir /d; echo kept > /d/file; sleep 1000 & p=$!");
+    let mut family = source.fork(&["one", "two"]);
+    // And a child of a child.
+    let third = family[0].fork(&["three"]).pop().expect("one");
+    family.push(third);
+    family.push(source);
+    for one in &mut family {
+        assert_eq!(one.ask("echo $$ $x; cat /d/file; kill -0 $p"), "1 17\nkept");
+    }
+    for what in OWN {
+        let all: BTreeSet<String> = family.iter_mut().map(|one| one.ask(what)).collect();
+        assert_eq!(all.len(), family.len(), "{what}: {all:?}");
+    }
+    // What one writes, no other sees.
+    for (number, one) in family.iter_mut().enumerate() {
+        one.ask(&format!("x={number}; echo {number} > /d/file"));
+    }
+    for (number, one) in family.iter_mut().enumerate() {
+        assert_eq!(
+            one.ask("echo $x; cat /d/file"),
+            format!("{number}\n{number}")
+        );
+    }
+    // Each can be asked for more, and ends by itself.
+    for mut one in family {
+        let run = one.child.exec(process(&["hostname"], &[Stream::Stdout]));
+        let mut said = String::new();
+        let mut stdout = run.expect("runs").stdout.expect("was asked for");
+        stdout.read_to_string(&mut said).expect("reads");
+        assert_eq!(said.trim(), one.ask("hostname"));
+        one.stdin.shutdown(Shutdown::Write).expect("ends");
+        assert_eq!(one.child.wait().expect("ends").code(), 0);
+    }
+}
+
+/// A program that was running, and one that was waiting, see the new hostname wherever
+/// they see the new generation.
+#[test]
+fn no_program_runs_before_its_child_is_itself() {
+    let script = r#"
+        look() { while :; do
+            g=$(cat /proc/sys/kernel/random/generation)
+            h=$(cat /proc/sys/kernel/hostname)
+            echo "$g $h"
+        done; }
+        rest() { while :; do
+            g=$(cat /proc/sys/kernel/random/generation)
+            h=$(cat /proc/sys/kernel/hostname)
+            echo "$g $h"; usleep 1000
+        done; }
+        look > /one & a=$!; rest > /two & b=$!; "#;
+    let mut source = Shell::start("source", &format!("{script} {OBEY}"));
+    for round in 0..4 {
+        let name = format!("child-{round}");
+        for mut child in source.fork(&[&name]) {
+            child.ask("sleep 1; kill $a $b; sort -u /one /two > /seen");
+            let own = child.ask("cat /proc/sys/kernel/random/generation");
+            let seen = child.ask("cat /seen");
+            let of_child: Vec<&str> = seen.lines().filter(|line| line.starts_with(&own)).collect();
+            assert_eq!(of_child, [format!("{own} {name}")], "{seen}");
+        }
+    }
+}
+
+/// What the host had started beside the container belongs to the source.
+#[test]
+fn what_runs_beside_the_container_is_left_behind() {
+    let mut source = Shell::start("source", OBEY);
+    let streams = [Stream::Stdin, Stream::Stdout];
+    let cat = source
+        .child
+        .exec(process(&["cat"], &streams))
+        .expect("runs");
+    let (mut stdin, mut stdout) = (cat.stdin.expect("in"), cat.stdout.expect("out"));
+    stdout.set_read_timeout(Some(PATIENCE)).expect("set");
+    let mut echo = |word: &str| {
+        stdin.write_all(word.as_bytes()).expect("is heard");
+        let mut said = vec![0; word.len()];
+        stdout.read_exact(&mut said).expect("reads");
+        assert_eq!(said, word.as_bytes());
+    };
+    echo("before");
+    let mut children = source.fork(&["child"]);
+    let mut child = children.pop().expect("one");
+    child.ask(
+        "i=0; while pidof cat > /dev/null && test $i -lt 100; do usleep 100000; i=$((i + 1)); done",
+    );
+    assert_eq!(child.ask("pidof cat | wc -w"), "0");
+    echo("after");
+    assert_eq!(source.ask("pidof cat | wc -w"), "1");
+    // The source's client is not the child's.
+    assert_eq!(child.ask("echo own"), "own");
+    let stream = source.stdout.get_ref();
+    stream.set_nonblocking(true).expect("set");
+    let nothing = source.stdout.read(&mut [0; 1]).expect_err("nothing came");
+    assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
+}

@@ -1,0 +1,181 @@
+//! `vm-run fork` and `freeze` on the command line.
+
+use crate::support::{Call, Ran, own_root};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Counts, for as long as it runs.
+const COUNTS: &str = "i=0; while :; do i=$((i + 1)); echo $i > /i; usleep 10000; done";
+
+fn vm_run(root: &Path, args: &[&str]) -> Ran {
+    Call::vm_run_in(root, args).end()
+}
+
+/// What it prints, if it succeeds and complains of nothing.
+fn said(root: &Path, args: &[&str]) -> String {
+    let ran = vm_run(root, args);
+    assert_eq!(
+        (ran.status, ran.err()),
+        (0, String::new()),
+        "{args:?}: {ran}"
+    );
+    ran.out().trim_end().to_owned()
+}
+
+fn inspect(root: &Path, name: &str) -> serde_json::Value {
+    let text = said(root, &["inspect", name]);
+    serde_json::from_str::<serde_json::Value>(&text).expect("JSON")[0].take()
+}
+
+fn start(root: &Path, name: &str, more: &[&str], script: &str) {
+    let run = ["run", "-d", "--name", name, "--writable-memory", "16m"];
+    said(
+        root,
+        &[&run, more, &["busybox", "sh", "-c", script]].concat(),
+    );
+}
+
+fn count(root: &Path, name: &str) -> u64 {
+    let text = said(root, &["exec", name, "cat", "/i"]);
+    text.parse().unwrap_or_default()
+}
+
+/// Waits until it is so.
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn containers_go_on_where_their_source_is() {
+    let own = own_root();
+    let root = own.path();
+    let script = format!("echo begun; {COUNTS}");
+    let more = [
+        "--label",
+        "kind=counter",
+        "--restart",
+        "always",
+        "--env",
+        "A=b",
+    ];
+    start(root, "source", &more, &script);
+    until("it counts", || count(root, "source") > 10);
+    let reached = count(root, "source");
+
+    let ids = said(root, &["fork", "-n", "3", "--name", "f", "source"]);
+    assert_eq!(ids.lines().count(), 3, "{ids}");
+    for (name, id) in ["f-1", "f-2", "f-3"].into_iter().zip(ids.lines()) {
+        let first = count(root, name);
+        assert!(first >= reached, "{first} after {reached}");
+        until("it counts on", || count(root, name) > first);
+        let found = inspect(root, name);
+        assert_eq!(found["Id"], id);
+        assert_eq!(found["State"]["Status"], "running");
+        assert_eq!(found["VmRun"]["ForkedFrom"]["Name"], "source");
+        assert_eq!(found["Config"]["Labels"]["kind"], "counter");
+        assert_eq!(found["HostConfig"]["RestartPolicy"]["Name"], "no");
+        assert_eq!(found["Config"]["Hostname"], id[..12]);
+        assert_eq!(said(root, &["exec", name, "hostname"]), id[..12]);
+        assert_eq!(said(root, &["exec", name, "sh", "-c", "echo $A"]), "b");
+        // What the source has said is in the source's log.
+        let logs = vm_run(root, &["logs", name]);
+        assert_eq!(logs.out(), "", "{logs}");
+        let line = logs.err();
+        assert!(line.starts_with("vm-run: forked from source ("), "{line}");
+    }
+    let after = count(root, "source");
+    until("the source counts on", || count(root, "source") > after);
+    assert_eq!(said(root, &["logs", "source"]), "begun");
+
+    // A fork of a fork; the tree shows it below its own source, which may go.
+    said(root, &["fork", "--name", "grand", "f-1"]);
+    let tree = said(root, &["ps", "--tree"]);
+    let names: Vec<&str> = tree
+        .lines()
+        .skip(1)
+        .map(|row| row.rsplit("   ").next().unwrap_or_default().trim())
+        .collect();
+    let of = |name: &str| names.iter().position(|found| *found == name);
+    assert_eq!(of("source"), Some(0), "{tree}");
+    assert!(of("└ f-1").is_some(), "{tree}");
+    assert_eq!(of("└ grand"), of("└ f-1").map(|at| at + 1), "{tree}");
+    said(root, &["rm", "-f", "f-1", "source"]);
+    let now = count(root, "grand");
+    until("it needs neither", || count(root, "grand") > now);
+    said(root, &["rm", "-f", "grand", "f-2", "f-3"]);
+}
+
+#[test]
+fn what_cannot_be_forked_is_told_in_a_line() {
+    let own = own_root();
+    let root = own.path();
+    start(root, "it", &[], "sleep 1000");
+    said(root, &["pause", "it"]);
+    let refused: [(&[&str], &str); 6] = [
+        (&["fork", "it"], "is paused: unpause it first"),
+        (
+            &["freeze", "it", "--as", "t"],
+            "is paused: unpause it first",
+        ),
+        (&["fork", "none"], "none"),
+        (&["fork", "-n", "0", "it"], "--count is 1 to"),
+        (
+            &["fork", "-n", "2", "-p", "80", "it"],
+            "cannot have the same port",
+        ),
+        (&["fork", "-p", "x", "it"], "is paused"),
+    ];
+    for (words, why) in refused {
+        let line = Call::vm_run_in(root, words).refused(125);
+        assert!(line.contains(why), "{words:?}: {line}");
+    }
+    said(root, &["unpause", "it"]);
+    let line = Call::vm_run_in(root, &["fork", "--name", "it", "it"]).refused(125);
+    assert!(line.contains("is taken by another container"), "{line}");
+    said(root, &["stop", "-t", "0", "it"]);
+    let line = Call::vm_run_in(root, &["fork", "it"]).refused(125);
+    assert!(line.contains("does not run: start it first"), "{line}");
+    // Of all these attempts nothing is left.
+    assert_eq!(said(root, &["ps", "-a"]).lines().count(), 2);
+    said(root, &["rm", "it"]);
+}
+
+#[test]
+fn a_container_that_runs_becomes_a_template() {
+    let own = own_root();
+    let root = own.path();
+    start(root, "source", &[], COUNTS);
+    until("it counts", || count(root, "source") > 10);
+    let before = count(root, "source");
+    assert_eq!(said(root, &["freeze", "source", "--as", "then"]), "then");
+    let after = count(root, "source");
+    until("it has gone on", || count(root, "source") > after + 50);
+    said(root, &["template", "inspect", "--verify", "then"]);
+    let mut generations = BTreeSet::new();
+    for name in ["one", "two"] {
+        said(root, &["run", "-d", "--template", "then", "--name", name]);
+        let now = count(root, name);
+        assert!(now >= before, "{now} of {before}");
+        until("it goes on", || count(root, name) > now);
+        let generation = inspect(root, name)["VmRun"]["Identity"]["Generation"].to_string();
+        generations.insert(generation);
+        // And can be forked in its turn.
+        said(
+            root,
+            &["fork", "--rm", "--name", &format!("{name}-fork"), name],
+        );
+    }
+    assert_eq!(generations.len(), 2);
+    let line = Call::vm_run_in(root, &["freeze", "source", "--as", "then"]).refused(125);
+    assert!(line.contains("there is a template then already"), "{line}");
+    said(
+        root,
+        &["rm", "-f", "source", "one", "two", "one-fork", "two-fork"],
+    );
+    said(root, &["template", "rm", "then"]);
+}
