@@ -159,7 +159,7 @@ fn two_children_never_get_one_writable_disk() {
         hostname: "d".into(),
         disks: Disks {
             root: None,
-            writable: Some(disk.reopen().expect("opens")),
+            writable: Some(disk.reopen().expect("opens").into()),
         },
         ..ForkSpec::default()
     };

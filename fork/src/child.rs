@@ -17,6 +17,7 @@ pub use self::live::LiveFork;
 
 use self::hear::Next;
 use crate::agent::{Control, Remote};
+use crate::disk::Slot;
 use crate::error::Error;
 use crate::machine::{Machine, News};
 use crate::stages::{ForkPath, Stages};
@@ -82,10 +83,10 @@ pub(crate) struct Born {
     pub(crate) is_held: bool,
     /// A template of it would have to have them too.
     pub(crate) has_volumes: bool,
-    /// Whether its writable layer's disk is mounted already.
-    pub(crate) has_mounted_disk: bool,
-    /// Whether its writable layer is on a disk at all.
-    pub(crate) has_disk: bool,
+    /// Where its writable layer is, if that is on a disk.
+    pub(crate) slot: Option<Slot>,
+    /// The files of that, the lowest first.
+    pub(crate) layers: Vec<File>,
     /// Whether it has a tap.
     pub(crate) has_network: bool,
 }
@@ -206,7 +207,7 @@ impl Child {
     /// Says what the fork has decided of the container's surroundings.
     fn complete(&self, container: &mut ContainerSpec) {
         container.mapped_root = self.machine.root_image().is_some();
-        container.mounted_disk = self.born.has_mounted_disk;
+        container.mounted_disk = self.born.slot == Some(Slot::Mounted);
         container.network = self.born.has_network;
     }
 
@@ -393,6 +394,11 @@ impl Child {
     /// A child that is gone.
     pub fn unpause(&mut self) -> Result<(), Error> {
         self.machine.resume()
+    }
+
+    /// How many files its writable layer consists of, if that is on a disk.
+    pub fn layers(&self) -> usize {
+        self.born.layers.len()
     }
 
     /// What it costs its host in memory, now.

@@ -18,9 +18,12 @@
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use vmm::DiskFiles;
 
 const MAGIC: &[u8] = b"vmrunblk";
 const BLOCK: usize = 4096;
@@ -38,8 +41,25 @@ pub struct Disks {
     /// The root image; many children may share it.
     pub root: Option<File>,
     /// The writable layer: an ext4, of no other child. An empty one is made by
-    /// [`Template::empty_disk`](crate::Template::empty_disk).
-    pub writable: Option<File>,
+    /// [`Template::empty_disk`](crate::Template::empty_disk). A template that has the lower
+    /// layers of its container's disk is to get one fresh overlay
+    /// ([`format_overlay`](crate::format_overlay)).
+    pub writable: Option<DiskFiles>,
+}
+
+/// On which of the machine's disks a writable layer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Slot {
+    /// The one that was mounted before the fork point.
+    Mounted,
+    /// The other.
+    Writable,
+}
+
+/// The same file, opened anew: locks are each one's own.
+pub(crate) fn reopen(file: &File) -> io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// A disk in which nothing has been written yet.

@@ -80,7 +80,7 @@ pub mod worker;
 
 pub use agent::Remote;
 pub use child::{Child, LiveFork, Process};
-pub use disk::{Disks, EmptyDisk};
+pub use disk::{Disks, EmptyDisk, Slot};
 pub use error::Error;
 pub use guest::Guest;
 pub use network::Network;
@@ -89,7 +89,7 @@ pub use pool::{Place, Pool, PoolStats};
 pub use stages::{ForkPath, Stages};
 pub use stats::ChildStats;
 pub use store::{FORMAT, Manifest};
-pub use template::{BootSpec, DEFAULT_DOMAIN, ForkSpec, Kind, Template, Warm};
+pub use template::{BootSpec, DEFAULT_DOMAIN, ForkSpec, Kind, Live, Template, Warm};
 pub use vm_run_abi::identity::Connections;
 pub use vm_run_abi::options::{ContainerOptions, Limit, ProcessOptions, Tmpfs};
 pub use vm_run_abi::protocol::{
@@ -99,7 +99,7 @@ pub use vm_run_abi::protocol::{
 pub use vm_run_abi::{network as addresses, task};
 pub use vmm::payload::micro;
 pub use vmm::{
-    CaptureCost, Cpu, Error as VmError, Host, HostError, Isolation, Moment, Rate, RateLimit,
-    RateLimits, Timeline, VMS_PER_PROCESS, VmCounts,
+    CaptureCost, Cpu, DISK_LAYERS_MAX, DiskFiles, Error as VmError, Host, HostError, Isolation,
+    Moment, Rate, RateLimit, RateLimits, Timeline, VMS_PER_PROCESS, VmCounts, format_overlay,
 };
 pub use volumes::{VOLUMES_MAX, Volume};

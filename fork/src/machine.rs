@@ -296,13 +296,16 @@ impl Machine {
     pub(crate) fn finish_capture(
         &mut self,
         capturing: Capturing,
+        top: Option<File>,
     ) -> Result<(Image, VmState, CaptureCost), Error> {
         match (self, capturing) {
             (Self::Here(local), Capturing::Here(capture)) => {
-                let captured = local.vm.finish_capture(capture)?;
+                let captured = local.vm.finish_capture(capture, top)?;
                 Ok((captured.image, captured.state, captured.cost))
             }
-            (Self::Worker(remote), Capturing::Worker { layer, .. }) => remote.finish_capture(layer),
+            (Self::Worker(remote), Capturing::Worker { layer, .. }) => {
+                remote.finish_capture(layer, top)
+            }
             _ => Err(Error::State("is not where it was captured")),
         }
     }

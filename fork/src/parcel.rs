@@ -1,7 +1,7 @@
 //! A template on its way to another process of the same user, by descriptors.
 
 use crate::error::Error;
-use crate::template::{Kind, Template, TemplateInfo, Warm};
+use crate::template::{Kind, Live, Template, TemplateInfo, Warm};
 use crate::worker::picture;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,9 @@ struct Label {
     cpu: Cpu,
     domain: String,
     warm: Option<Warm>,
-    live: bool,
+    live: Option<Live>,
+    /// How many layers its disk has.
+    layers: usize,
     has_root: bool,
     /// Guest memory, in bytes.
     memory: u64,
@@ -47,6 +49,7 @@ impl Template {
             domain: info.domain.clone(),
             warm: info.warm.clone(),
             live: info.live,
+            layers: info.layers.len(),
             has_root: info.root.is_some(),
             memory: self.image().bytes(),
         };
@@ -54,6 +57,7 @@ impl Template {
         let root = info.root.as_ref().map(AsFd::as_fd);
         let files: Vec<BorrowedFd<'_>> = root
             .into_iter()
+            .chain(info.layers.iter().map(AsFd::as_fd))
             .chain(picture::files(self.image(), self.record()?))
             .collect();
         let files = files.iter().map(BorrowedFd::try_clone_to_owned);
@@ -72,6 +76,7 @@ impl Template {
         }
         let mut files = parcel.files.into_iter().map(File::from);
         let root = label.has_root.then(|| files.next()).flatten();
+        let layers = files.by_ref().take(label.layers).collect();
         let (image, state) = picture::read(label.memory, files).map_err(unusable)?;
         let state = state.ok_or_else(|| unusable("it has no state"))?;
         state.check()?;
@@ -83,6 +88,7 @@ impl Template {
             domain: label.domain,
             warm: label.warm,
             live: label.live,
+            layers,
             root,
             empty_disk: None,
         };

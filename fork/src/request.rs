@@ -1,7 +1,7 @@
 //! What is asked of a fork, checked against what the template is.
 
 use crate::child::Born;
-use crate::disk::Disks;
+use crate::disk::{Disks, Slot, reopen};
 use crate::error::Error;
 use crate::identity;
 use crate::network::Network;
@@ -9,7 +9,7 @@ use crate::template::{DEFAULT_DOMAIN, ForkSpec, TemplateInfo};
 use crate::volumes::{VOLUMES_MAX, Volume};
 use std::fs::File;
 use vm_run_abi::identity::Identity;
-use vmm::Moment;
+use vmm::{DiskFiles, Moment};
 
 /// A fork's request, checked.
 pub(crate) struct Request {
@@ -43,7 +43,7 @@ impl TemplateInfo {
         }
         let mut identity = identity::draw(&spec.hostname)?;
         identity.connections = spec.connections;
-        identity.live = self.live;
+        identity.live = self.live.is_some();
         Ok(Request {
             asked,
             identity,
@@ -67,14 +67,13 @@ impl TemplateInfo {
             }
             root = Some(own.try_clone().map_err(Error::Process)?);
         }
-        let is_empty = match (&self.empty_disk, &writable) {
-            (Some(empty), Some(file)) => empty.is_in(file).map_err(Error::Process)?,
-            _ => false,
+        let (slot, files) = match self.live {
+            Some(live) => (live.disk, self.over_layers(live.disk, writable)?),
+            None => (Some(self.slot_of(writable.as_ref())?), writable),
         };
-        let (mounted, writable) = if is_empty {
-            (writable, None)
-        } else {
-            (None, writable)
+        let (mounted, writable) = match slot {
+            Some(Slot::Mounted) => (files, None),
+            Some(Slot::Writable) | None => (None, files),
         };
         Ok(vmm::Disks {
             root,
@@ -82,20 +81,62 @@ impl TemplateInfo {
             writable,
         })
     }
+
+    /// Where a disk goes that the parent has not seen.
+    fn slot_of(&self, files: Option<&DiskFiles>) -> Result<Slot, Error> {
+        let is_empty = match (&self.empty_disk, files.map(|files| &files.0[..])) {
+            (Some(empty), Some([file])) => empty.is_in(file).map_err(Error::Process)?,
+            _ => false,
+        };
+        Ok(if is_empty {
+            Slot::Mounted
+        } else {
+            Slot::Writable
+        })
+    }
+
+    /// A child's own layer over those of a container that ran.
+    fn over_layers(
+        &self,
+        slot: Option<Slot>,
+        own: Option<DiskFiles>,
+    ) -> Result<Option<DiskFiles>, Error> {
+        match (slot, own) {
+            (None, None) => Ok(None),
+            (Some(_), Some(DiskFiles(own))) if own.len() == 1 => {
+                let lower = self.layers.iter().map(reopen);
+                let mut files = lower
+                    .collect::<Result<Vec<_>, _>>()
+                    .map_err(Error::Process)?;
+                files.extend(own);
+                Ok(Some(DiskFiles(files)))
+            }
+            _ => Err(Error::Request(
+                "a child of a container that ran has one fresh layer for its disk, or none if the container had no disk",
+            )),
+        }
+    }
 }
 
 impl Request {
     /// What the child of it knows of itself.
     pub(crate) fn born(&self) -> Result<Born, Error> {
         let root = self.disks.root.as_ref().map(File::try_clone).transpose();
+        let (slot, files) = match (&self.disks.mounted, &self.disks.writable) {
+            (Some(files), _) => (Some(Slot::Mounted), &files.0[..]),
+            (None, Some(files)) => (Some(Slot::Writable), &files.0[..]),
+            (None, None) => (None, &[][..]),
+        };
+        let layers = files.iter().map(File::try_clone);
+        let layers = layers.collect::<Result<_, _>>().map_err(Error::Process)?;
         Ok(Born {
             generation: self.identity.generation,
             hostname: self.identity.hostname().into(),
             root: root.map_err(Error::Process)?,
             is_held: self.hold,
             has_volumes: !self.volumes.is_empty(),
-            has_mounted_disk: self.disks.mounted.is_some(),
-            has_disk: self.disks.mounted.is_some() || self.disks.writable.is_some(),
+            slot,
+            layers,
             has_network: self.network.is_some(),
         })
     }

@@ -6,6 +6,7 @@
 //! | `state` | the vCPUs' and devices' state, in postcard |
 //! | `memory` | guest memory, sparse; mapped private by every child |
 //! | `root` | the root image of a warm template's container |
+//! | `layer.0`, ... | the layers of the disk of a container that ran |
 //! | `disk` | the empty disk that is mounted in a bare template, as a list |
 //!
 //! It is written beside its place and renamed there, so it is whole or not
@@ -16,7 +17,7 @@
 use crate::disk::{EmptyDisk, LIST_MAX};
 use crate::error::Error;
 use crate::guest::{hex, sha256_of};
-use crate::template::{Kind, TemplateInfo, Warm};
+use crate::template::{Kind, Live, TemplateInfo, Warm};
 use rustix::fs::{AtFlags, CWD, FlockOperation, SeekFrom, flock, linkat, seek};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -27,7 +28,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
-use vmm::{Cpu, Image, VmState};
+use vmm::{Cpu, DISK_LAYERS_MAX, Image, VmState};
 
 /// The version of the whole directory. Goes up with every change of meaning in
 /// the manifest, in the state or in what the memory holds.
@@ -61,8 +62,10 @@ pub struct Manifest {
     pub domain: String,
     /// The container inside, if there is one.
     pub warm: Option<Warm>,
-    /// Whether it ran when the picture was taken.
-    pub live: bool,
+    /// If it ran when the picture was taken.
+    pub live: Option<Live>,
+    /// How many layers its disk has.
+    pub layers: usize,
     /// The CPU on which it was frozen.
     pub cpu: Cpu,
     /// Of kernel and agent; empty without a Linux.
@@ -98,6 +101,7 @@ pub(crate) struct Opened {
     pub(crate) image: Image,
     pub(crate) state: VmState,
     pub(crate) root: Option<File>,
+    pub(crate) layers: Vec<File>,
     pub(crate) empty_disk: Option<EmptyDisk>,
 }
 
@@ -195,6 +199,14 @@ pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<Opened, Error> {
         }
         Kind::Bare | Kind::Micro => None,
     };
+    if manifest.layers > DISK_LAYERS_MAX {
+        return Err(bad("its disk has too many layers"));
+    }
+    let layer = |number| {
+        let path = dir.join(layer_name(number));
+        File::open(&path).map_err(Error::io(&path, "open"))
+    };
+    let layers = (0..manifest.layers).map(layer).collect::<Result<_, _>>()?;
     let empty_disk = match &manifest.disk_sha256 {
         Some(digest) => {
             let list = read_bounded(&dir.join(DISK), LIST_MAX)?;
@@ -210,8 +222,13 @@ pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<Opened, Error> {
         image,
         state,
         root,
+        layers,
         empty_disk,
     })
+}
+
+fn layer_name(number: usize) -> String {
+    format!("layer.{number}")
 }
 
 /// Writes a template to `dir`.
@@ -230,7 +247,13 @@ pub(crate) fn save(dir: &Path, contents: &Contents<'_>) -> Result<Manifest, Erro
     write(&beside.path().join(STATE), &state_bytes)?;
     let memory_sha256 = copy_memory(&image.flatten()?, &beside.path().join(MEMORY))?;
     if let Some(root) = &info.root {
-        keep_root(root, &beside.path().join(ROOT))?;
+        keep_file(root, &beside.path().join(ROOT))?;
+    }
+    for (number, layer) in info.layers.iter().enumerate() {
+        // What its guest has written, and not asked to have on the disk.
+        let path = beside.path().join(layer_name(number));
+        layer.sync_all().map_err(Error::io(&path, "write"))?;
+        keep_file(layer, &path)?;
     }
     let list = info.empty_disk.as_ref().map(EmptyDisk::to_list);
     if let Some(list) = &list {
@@ -248,6 +271,7 @@ pub(crate) fn save(dir: &Path, contents: &Contents<'_>) -> Result<Manifest, Erro
         domain: info.domain.clone(),
         warm: info.warm.clone(),
         live: info.live,
+        layers: info.layers.len(),
         cpu: info.cpu.clone(),
         guest_digest: info.guest_digest.clone(),
         state_bytes: state_bytes.len() as u64,
@@ -307,21 +331,21 @@ fn copy_memory(image: &Image, path: &Path) -> Result<String, Error> {
     copy().map_err(Error::io(path, "write"))
 }
 
-/// Gives the root image a second name in the template, so that it lives as long
-/// as the template; on another file system: a copy.
-fn keep_root(root: &File, path: &Path) -> Result<(), Error> {
-    let open_file = format!("/proc/self/fd/{}", root.as_raw_fd());
+/// Gives a file that nobody writes any more a second name in the template, so that it
+/// lives as long as the template; on another file system: a copy.
+fn keep_file(file: &File, path: &Path) -> Result<(), Error> {
+    let open_file = format!("/proc/self/fd/{}", file.as_raw_fd());
     match linkat(CWD, open_file, CWD, path, AtFlags::SYMLINK_FOLLOW) {
         Ok(()) => Ok(()),
         Err(_) => {
             let copy = || -> io::Result<()> {
                 let mut to = OpenOptions::new().write(true).create_new(true).open(path)?;
-                let len = root.metadata()?.len();
+                let len = file.metadata()?.len();
                 let mut at = 0;
                 let mut buffer = vec![0; 1 << 20];
                 while at < len {
                     let part = &mut buffer[..((len - at) as usize).min(1 << 20)];
-                    root.read_exact_at(part, at)?;
+                    file.read_exact_at(part, at)?;
                     to.write_all(part)?;
                     at += part.len() as u64;
                 }

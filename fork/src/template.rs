@@ -1,7 +1,7 @@
 //! A template: a frozen parent, from which children are forked.
 
 use crate::child::{Born, Child};
-use crate::disk::{Disks, EmptyDisk, LIST_MAX};
+use crate::disk::{Disks, EmptyDisk, LIST_MAX, Slot};
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::identity;
@@ -64,6 +64,14 @@ pub struct Warm {
     pub has_network: bool,
     /// What is done in each child, and before a child is frozen in its turn.
     pub hooks: Hooks,
+}
+
+/// A container that ran when a picture of it was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Live {
+    /// Where its writable layer is, if that is on a disk.
+    pub disk: Option<Slot>,
 }
 
 /// What to boot for a template.
@@ -146,8 +154,10 @@ pub(crate) struct TemplateInfo {
     pub(crate) cpu: Cpu,
     pub(crate) domain: String,
     pub(crate) warm: Option<Warm>,
-    /// Whether the parent ran, and was not at its fork point.
-    pub(crate) live: bool,
+    /// If the parent ran, and was not at its fork point.
+    pub(crate) live: Option<Live>,
+    /// The lower layers of its container's disk, the lowest first.
+    pub(crate) layers: Vec<File>,
     /// The root image of a warm template's container.
     pub(crate) root: Option<File>,
     /// What lay under the file system that the parent had mounted for its children's
@@ -158,7 +168,13 @@ pub(crate) struct TemplateInfo {
 impl TemplateInfo {
     /// What is known of a child of it, in which this container is, from this root image;
     /// and `live` if it runs.
-    pub(crate) fn with_container(&self, warm: Warm, root: Option<File>, live: bool) -> Self {
+    pub(crate) fn with_container(
+        &self,
+        warm: Warm,
+        root: Option<File>,
+        live: Option<Live>,
+        layers: Vec<File>,
+    ) -> Self {
         Self {
             host: Arc::clone(&self.host),
             kind: Kind::Warm,
@@ -167,6 +183,7 @@ impl TemplateInfo {
             domain: self.domain.clone(),
             warm: Some(warm),
             live,
+            layers,
             root,
             empty_disk: None,
         }
@@ -235,7 +252,8 @@ impl Template {
                 cpu,
                 domain: spec.domain.clone(),
                 warm: None,
-                live: false,
+                live: None,
+                layers: Vec::new(),
                 root: None,
                 empty_disk,
             },
@@ -266,7 +284,11 @@ impl Template {
         image: Image,
         state: VmState,
     ) -> Self {
-        Self::new(parent.with_container(warm, root, false), image, state)
+        Self::new(
+            parent.with_container(warm, root, None, Vec::new()),
+            image,
+            state,
+        )
     }
 
     /// Opens a template on disk. Its memory is mapped from the page cache, so
@@ -289,6 +311,7 @@ impl Template {
                 domain: manifest.domain,
                 warm: manifest.warm,
                 live: manifest.live,
+                layers: opened.layers,
                 root: opened.root,
                 empty_disk: opened.empty_disk,
             },
@@ -485,7 +508,13 @@ impl Template {
 
     /// Whether its parent ran, at any instruction, and was not at its fork point.
     pub fn is_live(&self) -> bool {
-        self.info.live
+        self.info.live.is_some()
+    }
+
+    /// The lower layers of the disk of the container in it, the lowest first; each child
+    /// gets a fresh one over them ([`ForkSpec::disks`]). Empty if that has none.
+    pub fn layers(&self) -> &[File] {
+        &self.info.layers
     }
 
     /// The container inside a warm template.
@@ -531,7 +560,7 @@ fn boot(
     let sink: EventSink = Arc::new(move |event| drop(sender.send(event)));
     let mounted = disk.map(File::try_clone).transpose();
     let disks = vmm::Disks {
-        mounted: mounted.map_err(Error::Process)?,
+        mounted: mounted.map_err(Error::Process)?.map(Into::into),
         ..vmm::Disks::default()
     };
     let vm = Vm::boot(host, config, disks, &sink)?;

@@ -226,7 +226,7 @@ fn measure(bench: &LiveBench, template: &Template, place: &Place) -> Result<Valu
     for i in 0..=bench.n {
         writes(&mut source)?;
         let (forked, counts) = clock.over(|| {
-            let forked = source.fork(place, specs(bench.children));
+            let forked = source.fork(place, specs(bench.children), None);
             std::thread::sleep(WINDOW);
             forked
         })?;
@@ -252,7 +252,7 @@ fn deep(bench: &LiveBench, template: &Arc<Template>, place: &Place) -> Result<Va
     let mut levels = Vec::new();
     for _ in 0..=bench.depth {
         writes(&mut source)?;
-        let LiveFork { children, cost } = source.fork(place, specs(1))?;
+        let LiveFork { children, cost } = source.fork(place, specs(1), None)?;
         let (mut child, entered) = running(children)?.pop().context("no child")?;
         levels.push(json!({
             "first_instruction_us": micros(entered.since(cost.resumed)),

@@ -4,12 +4,13 @@
 //! lock      held by the container's supervisor for as long as it lives
 //! control   its socket
 //! root      the image's root file system, a hard link: it outlives the image
-//! writable  the writable layer
+//! writable  the writable layer; or layers/, of one that was forked
 //! log       what it has said, and log.1, log.2, ...
 //! ```
 //! A container without a supervisor is at rest, whatever its record says: the kernel
 //! gives a lock back when its holder dies, in whatever way.
 
+use super::layers::Layers;
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::Errno;
@@ -70,6 +71,11 @@ impl Directory {
     /// Whether there is one.
     pub fn exists(&self) -> bool {
         self.0.is_dir()
+    }
+
+    /// The disk in it.
+    pub fn layers(&self, durable: bool) -> Layers {
+        Layers::of(&self.0, durable)
     }
 
     /// A file in it.

@@ -453,11 +453,9 @@ impl Engine {
         self.directory(record).path(LOG)
     }
 
-    /// What its disk takes, in bytes.
+    /// What its disk takes, in bytes, but for what others have too.
     pub fn disk_bytes(&self, record: &Record) -> u64 {
-        use std::os::unix::fs::MetadataExt;
-        let disk = self.directory(record).path(WRITABLE);
-        fs::metadata(disk).map_or(0, |found| found.blocks() * 512)
+        self.directory(record).layers(false).bytes()
     }
 
     fn directory(&self, record: &Record) -> Directory {

@@ -7,6 +7,7 @@
 //! supervisor  the process that owns one while it lives
 //! wire        what its clients say to it               (client: a session on a terminal)
 //! fork        new ones that go on where one is
+//! layers      its disk, which others may have parts of
 //! files       what is done with its files                      (copy: to and from ours)
 //! log         what it has said                         (logs: shown)
 //! ```
@@ -23,6 +24,7 @@ mod health;
 mod id;
 mod inside;
 mod keys;
+mod layers;
 mod log;
 mod logs;
 mod options;

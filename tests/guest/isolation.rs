@@ -105,7 +105,7 @@ fn two_children_never_get_one_writable_disk() {
         let writable = Some(open.expect("opens"));
         let disks = Disks {
             root: None,
-            writable,
+            writable: writable.map(Into::into),
         };
         let hostname = "disk".into();
         template.fork(ForkSpec {

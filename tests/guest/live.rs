@@ -69,7 +69,10 @@ impl Shell {
 
     fn fork(&mut self, names: &[&str]) -> Vec<Self> {
         let specs = names.iter().map(|name| named(name)).collect();
-        let forked = self.child.fork(&Place::ThisProcess, specs).expect("forks");
+        let forked = self
+            .child
+            .fork(&Place::ThisProcess, specs, None)
+            .expect("forks");
         let children = forked.children.into_iter();
         children
             .map(|child| Self::attach(child.expect("is forked")))

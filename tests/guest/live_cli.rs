@@ -29,7 +29,7 @@ fn inspect(root: &Path, name: &str) -> serde_json::Value {
 }
 
 fn start(root: &Path, name: &str, more: &[&str], script: &str) {
-    let run = ["run", "-d", "--name", name, "--writable-memory", "16m"];
+    let run = ["run", "-d", "--name", name];
     said(
         root,
         &[&run, more, &["busybox", "sh", "-c", script]].concat(),
@@ -56,6 +56,8 @@ fn containers_go_on_where_their_source_is() {
     let root = own.path();
     let script = format!("echo begun; {COUNTS}");
     let more = [
+        "--writable-memory",
+        "16m",
         "--label",
         "kind=counter",
         "--restart",
@@ -178,4 +180,126 @@ fn a_container_that_runs_becomes_a_template() {
         &["rm", "-f", "source", "one", "two", "one-fork", "two-fork"],
     );
     said(root, &["template", "rm", "then"]);
+}
+
+/// What a file in it holds.
+fn cat(root: &Path, name: &str, path: &str) -> String {
+    said(root, &["exec", name, "cat", path])
+}
+
+fn put(root: &Path, name: &str, text: &str, path: &str) {
+    said(
+        root,
+        &[
+            "exec",
+            name,
+            "sh",
+            "-c",
+            &format!("echo {text} > {path}; sync"),
+        ],
+    );
+}
+
+#[test]
+fn a_disk_is_shared_as_it_was_and_goes_on_apart() {
+    let own = own_root();
+    let root = own.path();
+    // A file of its own in the background, written all the time.
+    let writes = "i=0; while :; do i=$((i + 1)); echo $i >> /log; sync; done";
+    start(root, "source", &[], writes);
+    put(root, "source", "first", "/a");
+    let big = "head -c 4000000 /dev/urandom > /big; sha256sum /big; sync";
+    let sum = said(root, &["exec", "source", "sh", "-c", big]);
+    said(root, &["fork", "--name", "one", "source"]);
+    put(root, "source", "second", "/a");
+    said(root, &["fork", "--name", "two", "source"]);
+    said(root, &["fork", "--name", "three", "one"]);
+    let all = ["source", "one", "two", "three"];
+    let of = |path: &str| all.map(|name| cat(root, name, path));
+    assert_eq!(of("/a"), ["second", "first", "second", "first"]);
+    for name in all {
+        put(root, name, name, "/own");
+        put(root, name, name, "/a");
+    }
+    assert_eq!(
+        (of("/own"), of("/a")),
+        (all.map(String::from), all.map(String::from))
+    );
+    // The log has every line once, in order, in each.
+    for name in all {
+        let log = cat(root, name, "/log");
+        let lines: Vec<u64> = log
+            .lines()
+            .map(|line| line.parse().expect("a number"))
+            .collect();
+        assert!(
+            lines.iter().copied().eq(1..=lines.len() as u64),
+            "{name}: {log}"
+        );
+        assert_eq!(said(root, &["exec", name, "sha256sum", "/big"]), sum);
+    }
+    let bytes = |name: &str| inspect(root, name)["VmRun"]["WritableBytes"].as_u64();
+    let shared = bytes("two").expect("a number");
+    assert!(shared < 3_000_000, "{shared} bytes are its own");
+    // Started again, a fork is a new start of the same command on its own disk.
+    said(root, &["rm", "-f", "source"]);
+    said(root, &["stop", "-t", "0", "two"]);
+    said(root, &["start", "two"]);
+    assert_eq!(cat(root, "two", "/own"), "two");
+    assert_eq!(said(root, &["exec", "two", "sha256sum", "/big"]), sum);
+    // And can be forked as any other.
+    said(root, &["fork", "--name", "four", "two"]);
+    assert_eq!(cat(root, "four", "/own"), "two");
+    // What is at rest is whole.
+    said(root, &["stop", "-t", "0", "four"]);
+    let copy = root.join("copied");
+    let copied = copy.to_str().expect("a path");
+    said(root, &["cp", "four:/own", copied]);
+    assert_eq!(std::fs::read_to_string(&copy).expect("is there"), "two\n");
+    said(root, &["rm", "-f", "one", "two", "three", "four"]);
+}
+
+#[test]
+fn a_container_is_brought_back_with_its_disk() {
+    let own = own_root();
+    let root = own.path();
+    start(root, "it", &["--restart", "on-failure"], COUNTS);
+    until("it counts", || count(root, "it") > 10);
+    put(root, "it", "then", "/a");
+    said(root, &["freeze", "it", "--as", "then"]);
+    let at = count(root, "it");
+    put(root, "it", "later", "/a");
+    until("it has gone on", || count(root, "it") > at + 200);
+    said(root, &["freeze", "it", "--as", "later"]);
+    let before = inspect(root, "it");
+    for (name, range) in [
+        ("then", 0..at + 100),
+        ("later", at + 100..u64::MAX),
+        ("then", 0..at + 100),
+    ] {
+        said(root, &["rewind", "it", name]);
+        assert_eq!(cat(root, "it", "/a"), name);
+        let now = count(root, "it");
+        assert!(range.contains(&now), "{now} at {name}");
+        until("it goes on", || count(root, "it") > now);
+        put(root, "it", "lost", "/a");
+    }
+    let after = inspect(root, "it");
+    assert_eq!(after["Id"], before["Id"]);
+    assert_eq!(after["Config"]["Hostname"], before["Config"]["Hostname"]);
+    let generation = |found: &serde_json::Value| found["VmRun"]["Identity"]["Generation"].clone();
+    assert_ne!(generation(&after), generation(&before));
+    // Elsewhere, too, and with a disk of its own.
+    said(
+        root,
+        &["run", "-d", "--name", "other", "--template", "later"],
+    );
+    assert_eq!(
+        (cat(root, "other", "/a"), cat(root, "it", "/a")),
+        ("later".into(), "lost".into())
+    );
+    let line = Call::vm_run_in(root, &["rewind", "it", "default-256m-1c"]).refused(125);
+    assert!(line.contains("was not made of such a container"), "{line}");
+    said(root, &["rm", "-f", "it", "other"]);
+    said(root, &["template", "rm", "then", "later"]);
 }

@@ -89,7 +89,7 @@ fn fork(template: &Template, hold: bool) -> Child {
     empty.write_to(&writable).expect("a disk");
     let disks = Disks {
         root: Some(busybox_rootfs()),
-        writable: Some(writable),
+        writable: Some(writable.into()),
     };
     let hostname = "pages".into();
     template

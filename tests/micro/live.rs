@@ -46,7 +46,7 @@ fn begins(child: &mut Child) {
 
 fn forks(source: &mut Child, place: &Place, count: usize) -> Vec<Child> {
     let specs = (0..count).map(|n| child(&format!("live-{n}"))).collect();
-    let LiveFork { children, cost } = source.fork(place, specs).expect("is forked");
+    let LiveFork { children, cost } = source.fork(place, specs, None).expect("is forked");
     println!("{cost:?}");
     assert!(cost.pages > 0 && cost.resumed > cost.stopped);
     children

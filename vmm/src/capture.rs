@@ -17,7 +17,7 @@
 //! capture fails; what had been read from the logs is kept for the next.
 
 use crate::error::Error;
-use crate::machine::lock;
+use crate::machine::{UNCOVERED, lock};
 use crate::memory::{Image, Layer, PageSet, Ram, Run, memory_file, seal_unmapped};
 use crate::moment::Moment;
 use crate::reaper::Parts;
@@ -150,23 +150,30 @@ impl Vm {
     }
 
     /// Takes the picture, wherever the vCPUs are: at one instant, as soon as little is left
-    /// to copy. The VM goes on when this returns.
+    /// to copy. The VM goes on when this returns. What it writes to its disk from then on
+    /// goes to `top`, a fresh overlay ([`devices::virtio::block::format_overlay`]): what was
+    /// there is shared with those who are made of the picture. A VM without a writable disk
+    /// has none.
     ///
     /// # Errors
     /// Another picture was taken since this was begun, or what the system says. The VM
     /// runs on, unless the error is that it cannot.
-    pub fn finish_capture(&self, capture: Capture) -> Result<Captured, Error> {
-        self.finish_watched(capture, |_| {})
+    pub fn finish_capture(&self, capture: Capture, top: Option<File>) -> Result<Captured, Error> {
+        self.finish_watched(capture, top, |_| {})
     }
 
     /// The same; `watch` sees the memory while nobody writes it.
     fn finish_watched(
         &self,
         mut capture: Capture,
+        top: Option<File>,
         watch: impl FnOnce(&Ram),
     ) -> Result<Captured, Error> {
         let parts = self.parts()?;
         let ram = &parts.kvm.ram;
+        if parts.devices.has_writable() != top.is_some() {
+            return Err(Error::Phase(UNCOVERED));
+        }
         let mut trail = lock(&self.trail);
         let trail = trail.as_mut().filter(|it| it.captures == capture.captures);
         let trail = trail.ok_or(Error::Phase("captured by somebody else meanwhile"))?;
@@ -182,7 +189,7 @@ impl Vm {
         capture.cost.stopping = Moment::now();
         let stopped = self.pause().and_then(|()| {
             capture.cost.stopped = Moment::now();
-            let state = stopped(parts, trail, &mut capture)?;
+            let state = stopped(parts, trail, &mut capture, top)?;
             watch(ram);
             Ok(state)
         });
@@ -232,8 +239,13 @@ fn begin(parts: &Parts, pagemap: &File) -> Result<Trail, Error> {
 }
 
 /// What is done while the source is stopped.
-fn stopped(parts: &Parts, trail: &mut Trail, capture: &mut Capture) -> Result<VmState, Error> {
-    let devices = parts.devices.hold();
+fn stopped(
+    parts: &Parts,
+    trail: &mut Trail,
+    capture: &mut Capture,
+    top: Option<File>,
+) -> Result<VmState, Error> {
+    let mut devices = parts.devices.hold();
     let state = Vm::save(parts, &devices)?;
     capture.cost.saved = Moment::now();
     // After the vCPUs were read: KVM writes guest memory when one is put aside (steal
@@ -241,6 +253,7 @@ fn stopped(parts: &Parts, trail: &mut Trail, capture: &mut Capture) -> Result<Vm
     let last = trail.news(parts)?;
     capture.copy(&parts.kvm.ram, &last)?;
     capture.cost.copied_stopped = last.count();
+    devices.cover(top)?;
     Ok(state)
 }
 

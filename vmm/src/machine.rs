@@ -24,7 +24,6 @@ use crate::io::Io;
 use crate::kvm::KvmVm;
 use crate::layout::{SERIAL_IRQ, SERIAL_PORT, VIRTIO_IRQ, VIRTIO_MMIO, VIRTIO_MMIO_SIZE, Window};
 use crate::moment::Moment;
-use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockState};
 use devices::virtio::fs::{Fs, FsState};
 use devices::virtio::mmio::{MmioTransport, TransportState};
@@ -32,6 +31,7 @@ use devices::virtio::net::{Net, NetState, RateLimits};
 use devices::virtio::pmem::{Pmem, PmemState};
 use devices::virtio::rng::{Rng, RngState};
 use devices::virtio::vsock::{Vsock, VsockState};
+use devices::virtio::{DiskFiles, VirtioDevice};
 use devices::{Console, DeviceMemory, Interrupt, MmioDevice, Serial, SerialState, i8042};
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::VmFd;
@@ -114,9 +114,9 @@ pub struct Disks {
     pub root: Option<File>,
     /// The writable layer that the guest had mounted when it was frozen, as it was then;
     /// no other VM may have it.
-    pub mounted: Option<File>,
+    pub mounted: Option<DiskFiles>,
     /// Any other writable layer; no other VM may have it.
-    pub writable: Option<File>,
+    pub writable: Option<DiskFiles>,
 }
 
 /// All devices of one VM; a clone is of the same.
@@ -132,6 +132,10 @@ pub(crate) struct Devices {
     pub(crate) volumes: Arc<Mutex<MmioTransport<Fs>>>,
     pub(crate) net: Arc<Mutex<MmioTransport<Net>>>,
 }
+
+/// As much as a picture of a VM cannot do without.
+pub(crate) const UNCOVERED: &str =
+    "to be captured with one more layer for its disk, if it has one, and with none otherwise";
 
 /// A virtio device, and that it is at rest.
 type Still<'d, D> = MutexGuard<'d, MmioTransport<D>>;
@@ -150,6 +154,20 @@ pub(crate) struct Held<'d> {
 }
 
 impl Held<'_> {
+    /// Puts a fresh layer over the writable one that is on a disk, if there is one.
+    pub(crate) fn cover(&mut self, top: Option<File>) -> Result<(), Error> {
+        let disks = [&mut self.mounted, &mut self.writable];
+        let bound = disks.into_iter().find(|disk| disk.device().layers() > 0);
+        match (bound, top) {
+            (Some(disk), Some(top)) => disk
+                .device_mut()
+                .cover(top)
+                .map_err(refused("the writable disk")),
+            (None, None) => Ok(()),
+            _ => Err(Error::Phase(UNCOVERED)),
+        }
+    }
+
     /// Reads all states.
     pub(crate) fn save(&self) -> DevicesState {
         DevicesState {
@@ -282,19 +300,25 @@ impl Devices {
                 .bind(server)
                 .map_err(refused("the volumes"))?;
         }
-        for (device, file, name) in [
-            (&self.root, disks.root, "the root disk"),
+        for (device, files, name) in [
+            (&self.root, disks.root.map(DiskFiles::from), "the root disk"),
             (&self.mounted, disks.mounted, "the mounted disk"),
             (&self.writable, disks.writable, "the writable disk"),
         ] {
-            if let Some(file) = file {
+            if let Some(files) = files {
                 lock(device)
                     .device_mut()
-                    .bind(file)
+                    .bind(files)
                     .map_err(refused(name))?;
             }
         }
         Ok(())
+    }
+
+    /// Whether there is a writable layer on a disk.
+    pub(crate) fn has_writable(&self) -> bool {
+        let is_bound = |disk: &Mutex<MmioTransport<Block>>| lock(disk).device().layers() > 0;
+        is_bound(&self.mounted) || is_bound(&self.writable)
     }
 
     /// Stops all devices, for as long as what is returned lives: whoever holds a

@@ -20,7 +20,7 @@ use std::os::fd::BorrowedFd;
 
 use serde::{Serialize, de::DeserializeOwned};
 
-pub use block::{Block, BlockError, BlockState};
+pub use block::{Block, BlockError, BlockState, DiskFiles};
 pub use chain::{Buffers, Chain, ChainError};
 pub use fs::{Fs, FsError, FsState};
 pub use mmio::{MmioTransport, RestoreError, TransportState};

@@ -75,7 +75,7 @@ impl Child {
         let deadline = Instant::now() + TIMEOUT;
         let mut next = self.next(Some(deadline), None)?;
         if let Next::News(News::IdentityTaken { generation }) = next
-            && self.template.live
+            && self.template.live.is_some()
             && generation == self.born.generation
         {
             // Its kernel's part; the agent's follows.

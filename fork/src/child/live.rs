@@ -12,7 +12,7 @@ use crate::machine::Capturing;
 use crate::pool::Place;
 use crate::request::Request;
 use crate::stages::ForkPath;
-use crate::template::{ForkSpec, Kind, Template, TemplateInfo, Warm};
+use crate::template::{ForkSpec, Kind, Live, Template, TemplateInfo, Warm};
 use crate::worker::{Remote, Workers, write_record};
 use std::fs::File;
 use std::sync::Arc;
@@ -42,19 +42,29 @@ impl Child {
     /// host had started beside it finds its streams closed, and connections of TCP are
     /// reset unless its [`ForkSpec`] says otherwise.
     ///
+    /// A container with its writable layer on a disk goes on in `top`, a fresh overlay
+    /// ([`format_overlay`](crate::format_overlay)), as each child does in its own
+    /// ([`ForkSpec::disks`]): what it has written so far is below all of them, and never
+    /// written again. One without has none.
+    ///
     /// # Errors
-    /// A container that does not run, or that has volumes or a writable layer on a disk;
-    /// a guest whose kernel is not vm-run's own; a request as of [`Template::fork`], or
-    /// what the monitor says. This child runs on.
-    pub fn fork(&mut self, place: &Place, specs: Vec<ForkSpec>) -> Result<LiveFork, Error> {
+    /// A container that does not run, or that has volumes; a guest whose kernel is not
+    /// vm-run's own; a request as of [`Template::fork`], or what the monitor says. This child
+    /// runs on.
+    pub fn fork(
+        &mut self,
+        place: &Place,
+        specs: Vec<ForkSpec>,
+        top: Option<File>,
+    ) -> Result<LiveFork, Error> {
         let info = self.pictured(&self.container.image)?;
         let requests = specs.into_iter().map(|spec| info.check(spec));
         let requests = requests.collect::<Result<Vec<_>, _>>()?;
         let image = self.machine.image()?;
         let mut waiting = make(place, &info.host, &image, self.vcpus, requests.len())?;
-        let capturing = self.machine.begin_capture(info.live)?;
+        let capturing = self.machine.begin_capture(info.live.is_some())?;
         lay(&mut waiting, &capturing.so_far())?;
-        let (template, cost) = self.finish(capturing, info)?;
+        let (template, cost) = self.finish(capturing, info, top)?;
         let children = start(&template, waiting, requests);
         Ok(LiveFork { children, cost })
     }
@@ -64,21 +74,31 @@ impl Child {
     /// been written since the child was forked is shared with it. `image` is what people
     /// call the container's image.
     ///
+    /// `top` is as for [`Child::fork`].
+    ///
     /// # Errors
     /// As [`Child::fork`].
-    pub fn capture(&mut self, image: &str) -> Result<(Template, CaptureCost), Error> {
+    pub fn capture(
+        &mut self,
+        image: &str,
+        top: Option<File>,
+    ) -> Result<(Template, CaptureCost), Error> {
         let info = self.pictured(image)?;
-        let capturing = self.machine.begin_capture(info.live)?;
-        self.finish(capturing, info)
+        let capturing = self.machine.begin_capture(info.live.is_some())?;
+        self.finish(capturing, info, top)
     }
 
     fn finish(
         &mut self,
         capturing: Capturing,
         info: Arc<TemplateInfo>,
+        top: Option<File>,
     ) -> Result<(Template, CaptureCost), Error> {
-        let (image, mut state, cost) = self.machine.finish_capture(capturing)?;
-        if info.live {
+        let own = top.as_ref().map(File::try_clone).transpose();
+        let own = own.map_err(Error::Process)?;
+        let (image, mut state, cost) = self.machine.finish_capture(capturing, top)?;
+        self.born.layers.extend(own);
+        if info.live.is_some() {
             state.interrupt_for_identity();
         }
         Ok((Template::of(&info, image, state), cost))
@@ -98,20 +118,21 @@ impl Child {
                 "a container with volumes cannot be forked while it runs",
             ));
         }
-        if self.born.has_disk {
-            return Err(Error::Request(
-                "a container whose writable layer is on a disk cannot be forked while it runs: keep it in guest memory (--writable-memory)",
-            ));
-        }
         let root = self.born.root.as_ref().map(File::try_clone).transpose();
         let root = root.map_err(Error::Process)?;
         let container = Warm {
             image: image.into(),
             ..self.container.clone()
         };
-        Ok(Arc::new(
-            self.template.with_container(container, root, true),
-        ))
+        let layers = self.born.layers.iter().map(File::try_clone);
+        let layers = layers.collect::<Result<_, _>>().map_err(Error::Process)?;
+        let live = Live {
+            disk: self.born.slot,
+        };
+        let info = self
+            .template
+            .with_container(container, root, Some(live), layers);
+        Ok(Arc::new(info))
     }
 }
 

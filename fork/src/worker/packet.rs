@@ -19,7 +19,8 @@ use std::mem::MaybeUninit;
 const PACKET_MAX: usize = 16 << 10;
 
 /// The most descriptors that come with one packet.
-const DESCRIPTORS_MAX: usize = 2 + vmm::LAYERS_MAX;
+const DESCRIPTORS_MAX: usize = 4 + vmm::DISK_LAYERS_MAX;
+const _: () = assert!(DESCRIPTORS_MAX >= 2 + vmm::LAYERS_MAX);
 
 /// Two ends of a new connection.
 pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {

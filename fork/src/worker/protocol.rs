@@ -50,8 +50,9 @@ pub(crate) enum ToWorker {
         /// What the identity page is to hold.
         identity: Vec<u8>,
         has_root: bool,
-        has_mounted: bool,
-        has_writable: bool,
+        /// How many files each of the other disks has.
+        mounted: usize,
+        writable: usize,
         has_volumes: bool,
         /// The limits of its network, whose tap comes with it.
         network: Option<RateLimits>,
@@ -76,7 +77,7 @@ pub(crate) enum ToWorker {
         /// Whether it has to have one that takes an identity at any instruction.
         has_kernel: bool,
     },
-    /// Take the picture that was begun.
+    /// Take the picture that was begun. With it: what is to lie over its disk.
     FinishCapture,
     /// Freeze the guest, which is at its fork point.
     Freeze,

@@ -20,7 +20,7 @@ use std::mem::discriminant;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vmm::{CaptureCost, Image, Moment, Run, Timeline, VmState};
+use vmm::{CaptureCost, DiskFiles, Image, Moment, Run, Timeline, VmState};
 
 /// The most news that are kept while an answer is waited for. A guest makes one of each
 /// kind at most; a worker that sends more is not ours any longer.
@@ -128,8 +128,10 @@ impl Remote {
     pub(crate) fn finish_capture(
         &mut self,
         layer: File,
+        top: Option<File>,
     ) -> Result<(Image, VmState, CaptureCost), Error> {
-        self.ask(&ToWorker::FinishCapture, &[])?;
+        let top: Vec<BorrowedFd<'_>> = top.iter().map(AsFd::as_fd).collect();
+        self.ask(&ToWorker::FinishCapture, &top)?;
         let (cost, with) = match self.answer()? {
             (FromWorker::Captured(cost), with) => (cost, with),
             (other, _) => return Err(odd(&other)),
@@ -149,10 +151,12 @@ impl Remote {
         let disks = &request.disks;
         let network = request.network.as_ref();
         let tap = network.map(|network| &network.tap);
-        let files = [&disks.root, &disks.mounted, &disks.writable]
-            .into_iter()
-            .flatten();
-        let descriptors: Vec<BorrowedFd<'_>> = files
+        let layers = |disk: &Option<DiskFiles>| disk.as_ref().map_or(0, |files| files.0.len());
+        let others = [&disks.mounted, &disks.writable].into_iter().flatten();
+        let descriptors: Vec<BorrowedFd<'_>> = disks
+            .root
+            .iter()
+            .chain(others.flat_map(|files| &files.0))
             .map(AsFd::as_fd)
             .chain(server.map(AsFd::as_fd))
             .chain(tap.map(AsFd::as_fd))
@@ -161,8 +165,8 @@ impl Remote {
             asked: request.asked,
             identity: request.identity.to_bytes().to_vec(),
             has_root: disks.root.is_some(),
-            has_mounted: disks.mounted.is_some(),
-            has_writable: disks.writable.is_some(),
+            mounted: layers(&disks.mounted),
+            writable: layers(&disks.writable),
             has_volumes: server.is_some(),
             network: network.map(|network| network.limits),
             map_root: request.map_root,

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use vm_run_abi::identity;
-use vmm::{Birth, Capture, Disks, EventSink, Host, Image, Prepared, Shell, Tap, Vm};
+use vmm::{Birth, Capture, DiskFiles, Disks, EventSink, Host, Image, Prepared, Shell, Tap, Vm};
 
 /// Serves its owner until that is gone.
 pub(crate) fn run(host: Host, socket: OwnedFd) -> io::Result<()> {
@@ -88,8 +88,8 @@ impl Worker {
                 asked,
                 identity,
                 has_root,
-                has_mounted,
-                has_writable,
+                mounted,
+                writable,
                 has_volumes,
                 network,
                 map_root,
@@ -98,10 +98,15 @@ impl Worker {
                 let Life::Prepared(prepared) = self.take_life() else {
                     return Err(out_of_turn());
                 };
+                let root = has_root.then(|| with.next()).flatten();
+                let mut take = |count: usize| {
+                    let files = DiskFiles(with.by_ref().take(count).collect());
+                    (count > 0).then_some(files)
+                };
                 let disks = Disks {
-                    root: has_root.then(|| with.next()).flatten(),
-                    mounted: has_mounted.then(|| with.next()).flatten(),
-                    writable: has_writable.then(|| with.next()).flatten(),
+                    root,
+                    mounted: take(mounted),
+                    writable: take(writable),
                 };
                 let mut birth = self.birth(&prepared, &identity, disks, map_root, hold);
                 let server = has_volumes.then(|| with.next()).flatten();
@@ -161,7 +166,7 @@ impl Worker {
             }
             ToWorker::FinishCapture => {
                 let capture = self.capture.take().ok_or_else(out_of_turn)?;
-                let captured = self.vm()?.finish_capture(capture);
+                let captured = self.vm()?.finish_capture(capture, with.next());
                 let captured = captured.map_err(|e| e.to_string())?;
                 let record = write_layer_record(Some(&captured.state), captured.pages);
                 let record = record.map_err(handing_over)?;

@@ -3,6 +3,7 @@
 
 use super::session::{Client, DRAIN, Farewells, Session, SharedLog, lock};
 use crate::bell::Bell;
+use crate::container::layers::Layers;
 use crate::container::record::{Identity, Spec};
 use crate::container::set_env;
 use crate::container::wire::{self, Answer, Exec, Stats, Window};
@@ -63,6 +64,7 @@ pub struct Life {
     orders: Receiver<Order>,
     way: Orders,
     spec: Spec,
+    disk: Layers,
     /// The state directory.
     root: PathBuf,
     host: Arc<Host>,
@@ -91,6 +93,7 @@ pub struct LifeSpec {
     pub main: Arc<Session>,
     pub main_id: ProcessId,
     pub spec: Spec,
+    pub disk: Layers,
     /// The state directory.
     pub root: PathBuf,
     pub host: Arc<Host>,
@@ -122,6 +125,7 @@ impl Life {
             orders,
             way: Orders { sender, bell },
             spec: of.spec,
+            disk: of.disk,
             root: of.root,
             host: of.host,
             is_paused: false,
@@ -323,7 +327,12 @@ impl Life {
 
     fn capture(&mut self) -> Result<Parcel> {
         self.check_not_paused()?;
-        let (template, _) = self.child.capture(&self.spec.image)?;
+        // One without a disk has no layers.
+        let top = match self.child.layers() {
+            0 => None,
+            count => Some(self.disk.add_top(count)?),
+        };
+        let (template, _) = self.child.capture(&self.spec.image, top)?;
         Ok(template.pack()?)
     }
 

@@ -5,6 +5,7 @@ use super::life::{Life, LifeSpec, streams};
 use super::session::{Client, Farewells, Session, SharedLog, lock};
 use crate::container::directory::Directory;
 use crate::container::id;
+use crate::container::layers::Layers;
 use crate::container::log::Output;
 use crate::container::record::{Layer, Record, Spec};
 use crate::container::{ROOT, WRITABLE};
@@ -198,7 +199,7 @@ impl Mother {
     /// As [`Self::give_birth`].
     pub fn bring_back(&self, template: Arc<Template>) -> Result<Life> {
         let pool = Pool::new(template, Place::Workers(Arc::clone(&self.workers)), 0)?;
-        let mut child = self.fork(&pool, Disks::default())?;
+        let mut child = self.fork(&pool, self.disks_over(pool.template())?)?;
         let warm = pool
             .template()
             .warm()
@@ -258,6 +259,7 @@ impl Mother {
             main,
             main_id,
             spec: self.spec.clone(),
+            disk: self.layers(),
             root: self.root.clone(),
             host: Arc::clone(self.template().host()),
             farewells: Arc::clone(&self.farewells),
@@ -269,13 +271,28 @@ impl Mother {
         mounts.map(|mount| mount.open(&self.root)).collect()
     }
 
+    fn layers(&self) -> Layers {
+        self.directory.layers(!self.spec.auto_remove)
+    }
+
+    /// Of a container that ran when a picture of it was taken: what is not in that.
+    fn disks_over(&self, template: &Template) -> Result<Disks> {
+        Ok(Disks {
+            root: None,
+            writable: match template.layers() {
+                [] => None,
+                lower => Some(self.layers().adopt(lower)?.into()),
+            },
+        })
+    }
+
     /// Makes its writable layer, if it has none yet: the empty disk that this template
     /// has mounted. It is there whole or not at all; we hold the container's lock.
     fn ensure_writable(&self) -> Result<()> {
-        let path = self.directory.path(WRITABLE);
-        if path.exists() {
+        if self.layers().open()?.is_some() {
             return Ok(());
         }
+        let path = self.directory.path(WRITABLE);
         let empty = self.template().empty_disk();
         let empty = empty.context("the template has no empty disk: remove and rebuild it")?;
         let unfinished = path.with_extension("new");
@@ -291,9 +308,8 @@ impl Mother {
     }
 
     fn disks(&self) -> Result<Disks> {
-        if self.is_fork {
-            // In the picture.
-            return Ok(Disks::default());
+        if self.template().is_live() {
+            return self.disks_over(self.template());
         }
         let open = |name: &str, write: bool| {
             let path = self.directory.path(name);
@@ -311,7 +327,7 @@ impl Mother {
             writable: match self.spec.writable {
                 Layer::Disk => {
                     self.ensure_writable()?;
-                    Some(open(WRITABLE, true)?)
+                    self.layers().open()?
                 }
                 Layer::Memory(_) | Layer::Nothing | Layer::Inside => None,
             },

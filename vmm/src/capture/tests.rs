@@ -196,7 +196,9 @@ fn is_its_source(vcpus: u8) {
             shell.lay(&so_far).expect("mapped");
             shell
         });
-        let captured = source.finish_watched(capture, watch).expect("captured");
+        let captured = source
+            .finish_watched(capture, None, watch)
+            .expect("captured");
         rounds += captured.cost.rounds;
         stopped += captured.cost.copied_stopped;
         child.lay_over(&captured.image).expect("mapped");

@@ -19,7 +19,7 @@ use std::io;
 use std::os::fd::AsFd;
 
 /// The most files behind a disk.
-pub const LAYERS_MAX: usize = 64;
+pub const LAYERS_MAX: usize = 32;
 
 /// The files behind one disk, the lowest first; the last is the one that is written. The
 /// first is a plain image, each other one an overlay ([`super::format_overlay`]).
