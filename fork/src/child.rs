@@ -396,9 +396,25 @@ impl Child {
         self.machine.resume()
     }
 
-    /// How many files its writable layer consists of, if that is on a disk.
-    pub fn layers(&self) -> usize {
-        self.born.layers.len()
+    /// The files of its writable layer, the lowest first; none if that is not on a disk.
+    /// Each fork adds one, and a disk has [`DISK_LAYERS_MAX`](crate::DISK_LAYERS_MAX):
+    /// see [`Self::replace_layers`].
+    pub fn layers(&self) -> &[File] {
+        &self.born.layers
+    }
+
+    /// Has one file in the place of the `count` layers above the lowest, of which
+    /// [`merge_overlays`](crate::merge_overlays) has made it, while they were not written any
+    /// more. The child notices nothing. `merged` is the child's from here on: no lock of
+    /// somebody else's may be on it.
+    ///
+    /// # Errors
+    /// Fewer layers, not counting the one that is written, or a file that is none.
+    pub fn replace_layers(&mut self, count: usize, merged: File) -> Result<(), Error> {
+        let own = merged.try_clone().map_err(Error::Process)?;
+        self.machine.replace_layers(count, merged)?;
+        self.born.layers.splice(1..=count, [own]);
+        Ok(())
     }
 
     /// What it costs its host in memory, now.

@@ -101,5 +101,6 @@ pub use vmm::payload::micro;
 pub use vmm::{
     CaptureCost, Cpu, DISK_LAYERS_MAX, DiskFiles, Error as VmError, Host, HostError, Isolation,
     Moment, Rate, RateLimit, RateLimits, Timeline, VMS_PER_PROCESS, VmCounts, format_overlay,
+    merge_overlays,
 };
 pub use volumes::{VOLUMES_MAX, Volume};

@@ -229,6 +229,14 @@ impl Machine {
         }
     }
 
+    /// See [`Vm::replace_layers`].
+    pub(crate) fn replace_layers(&mut self, count: usize, merged: File) -> Result<(), Error> {
+        match self {
+            Self::Here(local) => Ok(local.vm.replace_layers(count, merged)?),
+            Self::Worker(remote) => remote.replace_layers(count, &merged),
+        }
+    }
+
     /// The end of what its console says; empty where nobody can say.
     pub(crate) fn console_tail(&mut self) -> Vec<String> {
         last_words(match self {

@@ -11,8 +11,8 @@
 //! of layers appears whole.
 
 use super::WRITABLE;
-use anyhow::{Context, Result};
-use fork::{DiskFiles, format_overlay};
+use anyhow::{Context, Result, bail};
+use fork::{DiskFiles, format_overlay, merge_overlays};
 use rustix::fs::{AtFlags, CWD, RenameFlags, linkat, renameat_with};
 use rustix::io::Errno;
 use std::fs::{self, File};
@@ -23,7 +23,11 @@ use std::path::{Path, PathBuf};
 /// Of more than one.
 const LAYERS: &str = "layers";
 
+/// Of what is to become one of them, in their directory.
+const MERGED: &str = "merged.new";
+
 /// The disk in a container's directory. Whoever changes it owns the container.
+#[derive(Clone)]
 pub struct Layers {
     dir: PathBuf,
     /// Whether it is to be there after a crash of the host.
@@ -104,6 +108,43 @@ impl Layers {
         Ok(top)
     }
 
+    /// Makes one file of layers that are not written any more, of a disk of `size` bytes.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn merge(&self, layers: &[File], size: u64) -> Result<File> {
+        let path = self.dir.join(LAYERS).join(MERGED);
+        let merge = || {
+            let file = create(&path)?;
+            merge_overlays(layers, size, &file)?;
+            // Only to be read from here on.
+            File::open(&path)
+        };
+        let merged: std::io::Result<File> = merge();
+        merged.with_context(|| format!("cannot make {}", path.display()))
+    }
+
+    /// Puts the file of [`Self::merge`] into the place of the `count` above the lowest.
+    ///
+    /// # Errors
+    /// What the file system says: they are as they were.
+    pub fn put_merged(&self, count: usize) -> Result<()> {
+        let mut paths = self.paths();
+        let merged = self.dir.join(LAYERS).join(MERGED);
+        let between = 1..=count;
+        if paths.len() < count + 2 {
+            bail!("there are fewer layers than have become one");
+        }
+        paths.splice(between, [merged]);
+        let unfinished = self.unfinished()?;
+        for (number, path) in paths.iter().enumerate() {
+            fs::hard_link(path, unfinished.join(number.to_string()))
+                .with_context(|| format!("cannot link {}", path.display()))?;
+        }
+        self.sync(&unfinished)
+            .and_then(|()| self.finish(&unfinished))
+    }
+
     fn unfinished(&self) -> Result<PathBuf> {
         let unfinished = self.dir.join(format!("{LAYERS}.new"));
         remove(&unfinished)?;
@@ -115,23 +156,18 @@ impl Layers {
     fn make_top(&self, dir: &Path, number: usize, size: u64) -> Result<File> {
         let path = dir.join(number.to_string());
         let unfinished = path.with_extension("new");
-        let make = || {
-            let file = File::options()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .open(&unfinished)?;
+        let make = || -> std::io::Result<File> {
+            let file = create(&unfinished)?;
             format_overlay(&file, size)?;
             if self.durable {
                 file.sync_all()?;
             }
             fs::rename(&unfinished, &path)?;
-            self.sync(dir)?;
             Ok(file)
         };
-        let made: std::io::Result<File> = make();
-        made.with_context(|| format!("cannot make {}", path.display()))
+        let made = make().with_context(|| format!("cannot make {}", path.display()))?;
+        self.sync(dir)?;
+        Ok(made)
     }
 
     /// Puts a directory of layers into its place.
@@ -146,8 +182,7 @@ impl Layers {
                 return Err(error).with_context(|| format!("cannot make {}", place.display()));
             }
         }
-        self.sync(&self.dir)
-            .with_context(|| format!("cannot write {}", self.dir.display()))?;
+        self.sync(&self.dir)?;
         let plain = self.dir.join(WRITABLE);
         match fs::remove_file(&plain) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -157,11 +192,13 @@ impl Layers {
         }
     }
 
-    fn sync(&self, dir: &Path) -> std::io::Result<()> {
-        match self.durable {
-            true => File::open(dir)?.sync_all(),
-            false => Ok(()),
+    fn sync(&self, dir: &Path) -> Result<()> {
+        if self.durable {
+            File::open(dir)
+                .and_then(|dir| dir.sync_all())
+                .with_context(|| format!("cannot write {}", dir.display()))?;
         }
+        Ok(())
     }
 
     /// What would be free without it, in bytes: files of others are not counted.
@@ -173,6 +210,13 @@ impl Layers {
             .map(|found| found.blocks() * 512)
             .sum()
     }
+}
+
+/// An empty file, to be read too.
+fn create(path: &Path) -> std::io::Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(true);
+    options.open(path)
 }
 
 fn size_of(path: &Path) -> Result<u64> {
@@ -219,6 +263,13 @@ mod tests {
         source.add_top(2).expect("made");
         assert_eq!(lengths(&source), [8192, overlay, overlay]);
         assert_eq!(source.bytes() / 4096, 2 + 1 + 1);
+
+        // The middle one becomes part of one that is.
+        let DiskFiles(files) = source.open().expect("opens").expect("some");
+        source.merge(&files[1..2], 8192).expect("merged");
+        source.put_merged(1).expect("put in its place");
+        assert_eq!(lengths(&source), [8192, overlay, overlay]);
+        assert!(source.put_merged(2).is_err());
 
         let other = tempfile::tempdir().expect("a directory");
         let child = Layers::of(other.path(), false);

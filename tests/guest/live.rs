@@ -1,8 +1,8 @@
 //! Containers that are forked while they run.
 
-use crate::support::{PATIENCE, boot, fork_busybox};
+use crate::support::{PATIENCE, boot, fork_busybox, fork_with, programs_rootfs};
 use fork::{
-    Child, ContainerSpec, ForkSpec, Place, Process, ProcessSpec, Stream, Template, Writable,
+    Child, ContainerSpec, Disks, ForkSpec, Place, Process, ProcessSpec, Stream, Template, Writable,
 };
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -205,4 +205,65 @@ fn what_runs_beside_the_container_is_left_behind() {
     stream.set_nonblocking(true).expect("set");
     let nothing = source.stdout.read(&mut [0; 1]).expect_err("nothing came");
     assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
+}
+
+/// How many forks, unless `VM_RUN_TEST_FORKS` says otherwise.
+const FORKS: usize = 5;
+
+/// A program that would notice, with threads that write all the time, forked again and
+/// again; every other fork is of the last one and not of the first.
+#[test]
+fn memory_is_right_after_many_forks() {
+    let many = std::env::var("VM_RUN_TEST_FORKS").ok();
+    let forks = many.and_then(|n| n.parse().ok()).unwrap_or(FORKS);
+    for vcpus in [1, 2] {
+        let template = boot(192, vcpus);
+        let disks = Disks {
+            root: Some(programs_rootfs()),
+            writable: None,
+        };
+        let mut source = fork_with(&template, "source", disks);
+        let container = ContainerSpec {
+            writable: Writable::Memory { limit: 16 << 20 },
+            ..ContainerSpec::default()
+        };
+        let words = ["/bin/scribble", "64", "2"];
+        let process = source.start(container, process(&words, &[Stream::Stdout]));
+        let own = process.expect("starts").stdout.expect("was asked for");
+        let mut own = BufReader::new(own);
+        check_rounds(&source, &mut own, 2);
+        let mut last: Option<(Child, BufReader<UnixStream>)> = None;
+        for number in 0..forks {
+            let from = match &mut last {
+                Some((last, _)) if number % 2 == 1 => last,
+                _ => &mut source,
+            };
+            let specs = vec![named(&format!("child-{number}"))];
+            let forked = from.fork(&Place::ThisProcess, specs, None).expect("forks");
+            let child = forked.children.into_iter().next().expect("one");
+            let mut child = child.expect("is forked");
+            let process = child.attach(&[Stream::Stdout]).expect("attaches");
+            let mut stdout = BufReader::new(process.stdout.expect("was asked for"));
+            check_rounds(&child, &mut stdout, 1);
+            last = Some((child, stdout));
+        }
+        // What it has said meanwhile is read before.
+        check_rounds(&source, &mut own, 2);
+    }
+}
+
+/// Reads until the program has found all of its memory right, so often as this child.
+fn check_rounds(child: &Child, stdout: &mut BufReader<UnixStream>, rounds: usize) {
+    stdout
+        .get_ref()
+        .set_read_timeout(Some(PATIENCE))
+        .expect("set");
+    let generation = format!("of {}\n", child.generation().expect("is confirmed"));
+    let mut found = 0;
+    while found < rounds {
+        let mut line = String::new();
+        stdout.read_line(&mut line).expect("reads");
+        assert!(line.starts_with("round "), "{line:?}");
+        found += usize::from(line.ends_with(&generation));
+    }
 }

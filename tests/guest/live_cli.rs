@@ -303,3 +303,45 @@ fn a_container_is_brought_back_with_its_disk() {
     said(root, &["rm", "-f", "it", "other"]);
     said(root, &["template", "rm", "then", "later"]);
 }
+
+/// More often than a disk has layers; in between they become one.
+#[test]
+fn a_container_with_a_disk_is_forked_again_and_again() {
+    const FORKS: u32 = 12;
+    let own = own_root();
+    let root = own.path();
+    let writes = "i=0; while :; do i=$((i + 1)); echo $i >> /log; sync; usleep 100000; done";
+    start(root, "source", &[], writes);
+    until("it writes", || {
+        vm_run(root, &["exec", "source", "test", "-s", "/log"]).status == 0
+    });
+    let layers = || {
+        let id = inspect(root, "source")["Id"].as_str().map(String::from);
+        let dir = root
+            .join("containers")
+            .join(id.expect("an id"))
+            .join("layers");
+        let names = std::fs::read_dir(dir).expect("lists").flatten();
+        names.filter(|one| one.path().extension().is_none()).count()
+    };
+    let mut most = 0;
+    for number in 0..FORKS {
+        put(root, "source", &number.to_string(), "/a");
+        said(root, &["fork", "--rm", "--name", "fork", "source"]);
+        assert_eq!(cat(root, "fork", "/a"), number.to_string());
+        let log = cat(root, "fork", "/log");
+        let lines = log.lines().enumerate();
+        assert!(
+            lines.clone().all(|(at, line)| line == (at + 1).to_string()),
+            "{log}"
+        );
+        said(root, &["rm", "-f", "fork"]);
+        most = most.max(layers());
+    }
+    until("its layers become one", || layers() < most);
+    // Started again, it has all of it.
+    said(root, &["stop", "-t", "0", "source"]);
+    said(root, &["start", "source"]);
+    assert_eq!(cat(root, "source", "/a"), (FORKS - 1).to_string());
+    said(root, &["rm", "-f", "source"]);
+}

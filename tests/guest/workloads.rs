@@ -1,6 +1,7 @@
 //! Programs that people run, from images of Debian packages: each starts, works,
 //! stops by its image's signal, and finds what it wrote when it is started again.
 
+mod live;
 mod served;
 mod throughput;
 mod warm;

@@ -171,7 +171,7 @@ impl Vm {
     ) -> Result<Captured, Error> {
         let parts = self.parts()?;
         let ram = &parts.kvm.ram;
-        if parts.devices.has_writable() != top.is_some() {
+        if parts.devices.writable().is_some() != top.is_some() {
             return Err(Error::Phase(UNCOVERED));
         }
         let mut trail = lock(&self.trail);

@@ -138,7 +138,7 @@ pub(crate) const UNCOVERED: &str =
     "to be captured with one more layer for its disk, if it has one, and with none otherwise";
 
 /// A virtio device, and that it is at rest.
-type Still<'d, D> = MutexGuard<'d, MmioTransport<D>>;
+pub(crate) type Still<'d, D> = MutexGuard<'d, MmioTransport<D>>;
 
 /// All devices of one VM, at rest: none writes guest memory or raises an interrupt.
 pub(crate) struct Held<'d> {
@@ -315,10 +315,20 @@ impl Devices {
         Ok(())
     }
 
-    /// Whether there is a writable layer on a disk.
-    pub(crate) fn has_writable(&self) -> bool {
-        let is_bound = |disk: &Mutex<MmioTransport<Block>>| lock(disk).device().layers() > 0;
-        is_bound(&self.mounted) || is_bound(&self.writable)
+    /// The disk with the writable layer, if there is one.
+    pub(crate) fn writable(&self) -> Option<Still<'_, Block>> {
+        let mut disks = [&self.mounted, &self.writable]
+            .into_iter()
+            .map(|disk| lock(disk));
+        disks.find(|disk| disk.device().layers() > 0)
+    }
+
+    /// See [`Block::replace`], of the writable layer.
+    pub(crate) fn replace_layers(&self, count: usize, merged: File) -> Result<(), Error> {
+        let mut disk = self.writable().ok_or(Error::Phase("without a disk"))?;
+        disk.device_mut()
+            .replace(count, merged)
+            .map_err(refused("the writable disk"))
     }
 
     /// Stops all devices, for as long as what is returned lives: whoever holds a

@@ -278,6 +278,15 @@ impl Vm {
         Ok(())
     }
 
+    /// Has one file in the place of the `count` overlays of its disk above the lowest file,
+    /// of which [`merge_overlays`](crate::merge_overlays) has made it. It notices nothing.
+    ///
+    /// # Errors
+    /// A VM without such a disk, or a file that is none of it.
+    pub fn replace_layers(&self, count: usize, merged: File) -> Result<(), Error> {
+        self.parts()?.devices.replace_layers(count, merged)
+    }
+
     /// Whether its kernel takes an identity at any instruction.
     ///
     /// # Errors

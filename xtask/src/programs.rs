@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// By their sources.
-const SOURCES: [&str; 2] = [
+const SOURCES: [&str; 3] = [
     "tests/guest/programs/drawing.c",
+    "tests/guest/programs/scribble.c",
     "guest-kernel/generation/examples/generation.c",
 ];
 

@@ -59,6 +59,8 @@ pub fn run(args: &Args) -> Result<()> {
     guest_tests("::many_children_", test::CHILDREN, "200")?;
     step("a hundred containers on one network");
     guest_tests("networks::many_", test::NETWORKED, "100")?;
+    step("a thousand forks of a container that looks at its own memory");
+    guest_tests("live::memory_is_right", test::FORKS, "1000")?;
     step("what root images cost");
     test::guest_tests(vmhost::HostKernel::default(), test::ROOTS)?;
     step("the guest tests on the oldest host kernel that is supported");

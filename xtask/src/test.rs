@@ -67,6 +67,9 @@ pub const KILLS: &str = "VM_RUN_TEST_KILLS";
 /// How many children are looked at for what they share.
 pub const CHILDREN: &str = "VM_RUN_TEST_CHILDREN";
 
+/// How often a container that looks at its own memory is forked.
+pub const FORKS: &str = "VM_RUN_TEST_FORKS";
+
 /// How many containers are on one network at once; a few if nothing is said.
 pub const NETWORKED: &str = "VM_RUN_TEST_NETWORKED";
 
@@ -90,7 +93,7 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
         ("VM_RUN_TEST_PREFIX", prefix.path().into()),
         ("VM_RUN_BOOT_TIMEOUT", "60".into()),
     ];
-    for name in [KILLS, CHILDREN, NETWORKED] {
+    for name in [KILLS, CHILDREN, FORKS, NETWORKED] {
         if let Some(count) = std::env::var_os(name) {
             env.push((name, count.into()));
         }

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::bitmap::format_overlay;
 use self::layers::Layers;
-pub use self::layers::{DiskFiles, LAYERS_MAX};
+pub use self::layers::{DiskFiles, LAYERS_MAX, merge_overlays};
 use super::chain::{Buffers, Chain, ChainError};
 use super::iov;
 use super::queue::{DeviceIo, QueueError};
@@ -180,6 +180,18 @@ impl Block {
         match &mut self.layers {
             Some(layers) if !self.state.read_only => layers.cover(top),
             _ => Err(BlockError::Access),
+        }
+    }
+
+    /// Puts one file into the place of the `count` overlays above the lowest file, and below
+    /// the one that is written: what [`merge_overlays`] has made of them.
+    ///
+    /// # Errors
+    /// Fewer overlays, or a file that is none of this disk. Nothing has changed then.
+    pub fn replace(&mut self, count: usize, merged: File) -> Result<(), BlockError> {
+        match &mut self.layers {
+            Some(layers) => layers.replace(count, merged),
+            None => Err(BlockError::Access),
         }
     }
 

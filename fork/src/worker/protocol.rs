@@ -79,6 +79,11 @@ pub(crate) enum ToWorker {
     },
     /// Take the picture that was begun. With it: what is to lie over its disk.
     FinishCapture,
+    /// Have one file in the place of overlays of its disk. With it: the file.
+    ReplaceLayers {
+        /// How many, above the lowest file.
+        count: usize,
+    },
     /// Freeze the guest, which is at its fork point.
     Freeze,
 }
@@ -97,6 +102,7 @@ pub(crate) enum FromWorker {
     Paused,
     Resumed,
     Renewed,
+    LayersReplaced,
     /// With it: the stream.
     Connected,
     LastWords(Vec<String>),

@@ -235,6 +235,12 @@ impl Remote {
         self.has(FromWorker::Renewed)
     }
 
+    /// See [`vmm::Vm::replace_layers`].
+    pub(crate) fn replace_layers(&mut self, count: usize, merged: &File) -> Result<(), Error> {
+        self.ask(&ToWorker::ReplaceLayers { count }, &[merged.as_fd()])?;
+        self.has(FromWorker::LayersReplaced)
+    }
+
     pub(crate) fn last_words(&mut self) -> Result<Vec<String>, Error> {
         self.ask(&ToWorker::LastWords, &[])?;
         match self.answer()? {

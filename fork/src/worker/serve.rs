@@ -172,6 +172,12 @@ impl Worker {
                 let record = record.map_err(handing_over)?;
                 Ok((FromWorker::Captured(captured.cost), vec![record.into()]))
             }
+            ToWorker::ReplaceLayers { count } => {
+                let merged = with.next().ok_or_else(out_of_turn)?;
+                let replaced = self.vm()?.replace_layers(count, merged);
+                replaced.map_err(|e| e.to_string())?;
+                Ok((FromWorker::LayersReplaced, Vec::new()))
+            }
             ToWorker::Freeze => {
                 let Life::Running(vm) = self.take_life() else {
                     return Err(out_of_turn());

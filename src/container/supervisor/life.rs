@@ -15,10 +15,15 @@ use fork::{
 };
 use rustix::fd::AsFd;
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 use std::time::Duration;
+
+/// A disk with so many layers is to have fewer; at most
+/// [`DISK_LAYERS_MAX`](fork::DISK_LAYERS_MAX) can be there before it has.
+const MERGE_AT: usize = 8;
 
 /// What is asked of a live container. Each is answered on the channel it brings.
 pub enum Order {
@@ -28,6 +33,8 @@ pub enum Order {
     Unpause(SyncSender<Result<()>>),
     Stats(SyncSender<Result<Stats>>),
     Capture(SyncSender<Result<Parcel>>),
+    /// So many layers of its disk have become one.
+    Merged(usize, Result<File>),
     /// To the template of this name.
     Rewind(String, SyncSender<Result<()>>),
     /// All that its first process has written has gone to whoever watches.
@@ -65,6 +72,7 @@ pub struct Life {
     way: Orders,
     spec: Spec,
     disk: Layers,
+    is_merging: bool,
     /// The state directory.
     root: PathBuf,
     host: Arc<Host>,
@@ -126,6 +134,7 @@ impl Life {
             way: Orders { sender, bell },
             spec: of.spec,
             disk: of.disk,
+            is_merging: false,
             root: of.root,
             host: of.host,
             is_paused: false,
@@ -244,6 +253,11 @@ impl Life {
             Order::Capture(reply) => {
                 reply.send(self.capture()).ok();
             }
+            Order::Merged(count, merged) => {
+                if let Err(error) = self.merged(count, merged) {
+                    log::error!("the layers of its disk stay as they are: {error:#}");
+                }
+            }
             Order::Rewind(_, reply) => {
                 reply.send(Err(anyhow!("the container has ended"))).ok();
             }
@@ -325,14 +339,49 @@ impl Life {
         Ok(())
     }
 
+    /// In the background, if there are many: makes one of the layers that are not written
+    /// any more.
+    fn begin_merging(&mut self) -> Result<()> {
+        let layers = self.child.layers();
+        if self.is_merging || layers.len() < MERGE_AT {
+            return Ok(());
+        }
+        let (lowest, between) = (&layers[0], &layers[1..layers.len() - 1]);
+        let size = lowest.metadata().context("stat")?.len();
+        let between = between.iter().map(File::try_clone);
+        let between = between
+            .collect::<std::io::Result<Vec<_>>>()
+            .context("dup")?;
+        let (disk, way) = (self.disk.clone(), self.way.clone());
+        std::thread::Builder::new()
+            .name("merge".into())
+            .stack_size(128 << 10)
+            .spawn(move || {
+                let merged = disk.merge(&between, size);
+                way.send(Order::Merged(between.len(), merged));
+            })
+            .context("cannot start a thread")?;
+        self.is_merging = true;
+        Ok(())
+    }
+
+    fn merged(&mut self, count: usize, merged: Result<File>) -> Result<()> {
+        self.is_merging = false;
+        self.child.replace_layers(count, merged?)?;
+        self.disk.put_merged(count)
+    }
+
     fn capture(&mut self) -> Result<Parcel> {
         self.check_not_paused()?;
         // One without a disk has no layers.
-        let top = match self.child.layers() {
+        let top = match self.child.layers().len() {
             0 => None,
             count => Some(self.disk.add_top(count)?),
         };
         let (template, _) = self.child.capture(&self.spec.image, top)?;
+        if let Err(error) = self.begin_merging() {
+            log::error!("the layers of its disk stay as they are: {error:#}");
+        }
         Ok(template.pack()?)
     }
 

@@ -8,7 +8,7 @@
 //! data first, then the bitmap. So an overlay whose owner was killed is as a disk that has
 //! lost its power: what was flushed is there.
 
-use super::bitmap::{BLOCK, Bitmap, Unfit, read_all, write_all};
+use super::bitmap::{BLOCK, Bitmap, Unfit, format_overlay, read_all, write_all};
 use super::{BlockError, Buffers, iov};
 use rustix::fs::{
     FallocateFlags, FlockOperation, OFlags, fallocate, fcntl_getfl, fdatasync, flock,
@@ -306,6 +306,23 @@ impl Layers {
         Ok(())
     }
 
+    /// Has one file in the place of the `count` overlays above the lowest file; see
+    /// [`merge_overlays`].
+    pub(super) fn replace(&mut self, count: usize, merged: File) -> Result<(), BlockError> {
+        if count == 0 || count >= self.below.len() {
+            return Err(BlockError::Overlay("it is for more layers than there are"));
+        }
+        check_access(&merged, false)?;
+        let bitmap = Some(read_bitmap(&merged, self.len)?);
+        let layer = Layer {
+            file: merged,
+            bitmap,
+        };
+        self.below.splice(1..=count, [layer]);
+        self.is_below_synced = false;
+        Ok(())
+    }
+
     fn write_bitmap(&mut self) -> io::Result<bool> {
         match &mut self.top.bitmap {
             Some(bitmap) => bitmap.write(&self.top.file),
@@ -320,6 +337,44 @@ impl Drop for Layers {
             log::warn!("what a disk has had written and not flushed is lost: {error}");
         }
     }
+}
+
+/// Writes what `overlays` are together, the lowest first, to `into`, an empty file: an
+/// overlay in the place of them all. They are of a disk of `size` bytes, and nobody writes
+/// them any more.
+///
+/// # Errors
+/// A file that is no such overlay, or what the file system says.
+pub fn merge_overlays(overlays: &[File], size: u64, into: &File) -> io::Result<()> {
+    format_overlay(into, size)?;
+    let mut bitmap = bitmap_of(into, size)?;
+    let bitmaps = overlays.iter().map(|file| bitmap_of(file, size));
+    let bitmaps = bitmaps.collect::<io::Result<Vec<_>>>()?;
+    let mut bytes = [0; BLOCK as usize];
+    for block in 0..size.div_ceil(BLOCK) {
+        let newest = overlays.iter().zip(&bitmaps).rev();
+        let Some((file, _)) = newest.into_iter().find(|(_, bitmap)| bitmap.has(block)) else {
+            continue;
+        };
+        let at = block * BLOCK;
+        let len = (size - at).min(BLOCK) as usize;
+        read_all(file, &mut bytes[..len], at)?;
+        // A hole is as good.
+        if bytes[..len].iter().any(|byte| *byte != 0) {
+            write_all(into, &bytes[..len], at)?;
+        }
+        bitmap.set(block..block + 1);
+    }
+    fdatasync(into)?;
+    bitmap.write(into)?;
+    Ok(fdatasync(into)?)
+}
+
+fn bitmap_of(file: &File, size: u64) -> io::Result<Bitmap> {
+    Bitmap::read(file, size).map_err(|unfit| match unfit {
+        Unfit::Io(error) => error,
+        Unfit::Length | Unfit::Trailer => io::ErrorKind::InvalidData.into(),
+    })
 }
 
 /// Whether it is a file of the right kind, and locks it.

@@ -99,6 +99,23 @@ impl Disk {
         assert_eq!(command(&mut self.guest, T_FLUSH, vec![]), S_OK);
     }
 
+    /// All that is between the lowest and the one that is written becomes one.
+    fn merge(&mut self, into: PathBuf) {
+        let between = 1..self.files.len() - 1;
+        let overlays: Vec<File> = self.files[between.clone()]
+            .iter()
+            .map(|path| open(path))
+            .collect();
+        let file = File::create_new(&into).unwrap();
+        merge_overlays(&overlays, LEN as u64, &file).unwrap();
+        let mut disk = self.guest.device();
+        disk.device_mut()
+            .replace(between.len(), open(&into))
+            .unwrap();
+        drop(disk);
+        self.files.splice(between, [into]);
+    }
+
     fn cover(&mut self, top: PathBuf) {
         let file = open(&top);
         self.guest.device().device_mut().cover(file).unwrap();
@@ -183,6 +200,11 @@ fn a_family_of_disks_is_as_its_models_are() {
                     family.push(Disk::open(files, model));
                 }
                 21 if family.len() > 1 => drop(family.swap_remove(which)),
+                22 if family[which].files.len() > 2 => {
+                    made += 1;
+                    family[which].merge(dir.path().join(made.to_string()));
+                    family[which].check_all();
+                }
                 _ if family.len() < 6 && family[which].files.len() < 12 => {
                     let below = family[which].files.clone();
                     let model = family[which].model.clone();
