@@ -263,7 +263,7 @@ fn a_disk_is_shared_as_it_was_and_goes_on_apart() {
 fn a_container_is_brought_back_with_its_disk() {
     let own = own_root();
     let root = own.path();
-    start(root, "it", &["--restart", "on-failure"], COUNTS);
+    start(root, "it", &[], COUNTS);
     until("it counts", || count(root, "it") > 10);
     put(root, "it", "then", "/a");
     said(root, &["freeze", "it", "--as", "then"]);

@@ -176,9 +176,10 @@ fn files() -> Vec<Call> {
         always(MAIN, libc::SYS_fstat),
         // Holes of a memory that is frozen again; the start of a state.
         always(MAIN, libc::SYS_lseek),
-        // The page map and a frozen memory.
-        always(MAIN, libc::SYS_pread64),
-        always(MAIN, libc::SYS_pwrite64),
+        // The page map and a frozen memory; the bitmap of a disk's layer, and blocks that
+        // are written in part.
+        always(IO, libc::SYS_pread64),
+        always(IO, libc::SYS_pwrite64),
         // One disk, one writer.
         always(MAIN, libc::SYS_flock),
         // Disks.
