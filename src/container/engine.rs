@@ -236,7 +236,23 @@ impl Engine {
     /// The database's.
     pub fn list(&self) -> Result<Vec<Record>> {
         let all = self.store.list()?;
-        all.into_iter().map(|record| self.settle(record)).collect()
+        all.into_iter()
+            .filter(|record| !self.is_forsaken(record))
+            .map(|record| self.settle(record))
+            .collect()
+    }
+
+    /// Whether it was to be a fork, and whoever wanted that was killed before it had a
+    /// supervisor. It is removed then.
+    fn is_forsaken(&self, record: &Record) -> bool {
+        let age = jiff::Timestamp::now().duration_since(record.spec.created);
+        let is_young = Duration::try_from(age).unwrap_or_default() < BEGIN;
+        let is_begun = record.state.status != Status::Created;
+        if record.spec.origin.is_none() || is_begun || is_young {
+            return false;
+        }
+        let removed = self.remove(record, false);
+        removed.is_ok()
     }
 
     /// A record that says that a container lives is right only as long as somebody

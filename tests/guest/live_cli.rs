@@ -1,6 +1,7 @@
 //! `vm-run fork` and `freeze` on the command line.
 
 use crate::support::{Call, Ran, own_root};
+use rustix::process::Signal;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -43,7 +44,7 @@ fn count(root: &Path, name: &str) -> u64 {
 
 /// Waits until it is so.
 fn until(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while !is_so() {
         assert!(Instant::now() < deadline, "{what}");
         std::thread::sleep(Duration::from_millis(100));
@@ -344,4 +345,52 @@ fn a_container_with_a_disk_is_forked_again_and_again() {
     said(root, &["start", "source"]);
     assert_eq!(cat(root, "source", "/a"), (FORKS - 1).to_string());
     said(root, &["rm", "-f", "source"]);
+}
+
+/// Whoever is killed in the middle of a fork, and whenever: the source goes on, what is
+/// left is whole or goes, and the next fork is as any other.
+#[test]
+fn a_fork_that_is_killed_costs_its_source_nothing() {
+    let moments = std::env::var("VM_RUN_TEST_KILLS").ok();
+    let moments: u64 = moments.and_then(|n| n.parse().ok()).unwrap_or(6);
+    let own = own_root();
+    let root = own.path();
+    // Says something wrong if it ever loses a step.
+    let script = "i=0; while :; do i=$((i + 1)); echo $i > /i; sync; read -r n < /i
+        test $n = $i || echo lost $n of $i; done";
+    start(root, "source", &[], script);
+    until("it counts", || count(root, "source") > 5);
+    let begun = Instant::now();
+    said(root, &["fork", "--name", "first", "source"]);
+    let span = begun.elapsed();
+    said(root, &["rm", "-f", "first"]);
+    for moment in 0..moments {
+        let name = format!("fork-{moment}");
+        let running =
+            Call::vm_run_in(root, &["fork", "-n", "2", "--name", &name, "source"]).start();
+        std::thread::sleep(span * moment as u32 / moments as u32);
+        running.signal(Signal::KILL);
+        drop(running.end());
+        let now = count(root, "source");
+        until("the source goes on", || count(root, "source") > now);
+        // Those that have their picture begin all the same; the others go.
+        let is_settled = || {
+            let states = said(root, &["ps", "-a", "--json"]);
+            let all: serde_json::Value = serde_json::from_str(&states).expect("JSON");
+            let all = all.as_array().cloned().unwrap_or_default();
+            all.iter().all(|one| one["State"]["Status"] == "running")
+        };
+        until("all run or are gone", is_settled);
+        for id in said(root, &["ps", "-aq"]).lines() {
+            if inspect(root, id)["Name"] != "/source" {
+                assert!(count(root, id) >= 5, "moment {moment}");
+                said(root, &["rm", "-f", id]);
+            }
+        }
+    }
+    said(root, &["fork", "--name", "last", "source"]);
+    let now = count(root, "last");
+    until("the last one goes on", || count(root, "last") > now);
+    assert_eq!(said(root, &["logs", "source"]), "");
+    said(root, &["rm", "-f", "last", "source"]);
 }

@@ -121,6 +121,7 @@ fn begin(root: &Path, id: &str, starter: &mut UnixStream) -> Result<()> {
         starter: starter.try_clone().context("dup")?,
         attach,
         window,
+        is_fork,
     };
     let find = |host| {
         supervisor.connect()?;
@@ -145,6 +146,8 @@ struct Supervisor {
     starter: UnixStream,
     attach: bool,
     window: Option<WindowSize>,
+    /// Whether it begins as a fork of one that runs.
+    is_fork: bool,
 }
 
 /// How a life has ended.
@@ -366,7 +369,9 @@ impl Supervisor {
                 Err(error) => one_line(error),
             };
         });
-        let removed = if self.shared.read(|record| record.spec.auto_remove) {
+        let is_temporary = self.shared.read(|record| record.spec.auto_remove);
+        // A fork that never began is nothing that anybody has asked to keep.
+        let removed = if is_temporary || (self.is_fork && !has_begun) {
             // The directory first: on a full disk that makes room for the rest.
             directory
                 .remove(ownership)
