@@ -17,6 +17,7 @@ mod kernel;
 mod kills;
 mod live;
 mod live_cli;
+mod live_networks;
 mod machine;
 mod network;
 mod networks;

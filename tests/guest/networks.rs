@@ -93,7 +93,7 @@ fn ip(words: &[&str]) {
 }
 
 /// What is served at the root of this host's port, or nothing.
-fn http(address: &str) -> String {
+pub fn http(address: &str) -> String {
     let get = || -> std::io::Result<String> {
         let mut stream = TcpStream::connect(address)?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
@@ -106,7 +106,7 @@ fn http(address: &str) -> String {
     get().unwrap_or_default()
 }
 
-fn until(what: &str, mut body: impl FnMut() -> bool) {
+pub fn until(what: &str, mut body: impl FnMut() -> bool) {
     let start = Instant::now();
     while !body() {
         assert!(start.elapsed() < PATIENCE, "{what}");
@@ -114,14 +114,14 @@ fn until(what: &str, mut body: impl FnMut() -> bool) {
     }
 }
 
-fn does(root: &Path, words: &[&str]) -> String {
+pub fn does(root: &Path, words: &[&str]) -> String {
     let ran = Call::vm_run_in(root, words).end();
     assert_eq!(ran.status, 0, "{words:?}: {ran}");
     ran.out().trim_end().to_owned()
 }
 
 /// A container that stays.
-fn starts(root: &Path, words: &[&str]) -> String {
+pub fn starts(root: &Path, words: &[&str]) -> String {
     let ran = Call::run_to_keep(root, &[&["-d"], words].concat()).end();
     assert_eq!(ran.status, 0, "{words:?}: {ran}");
     ran.out().trim_end().to_owned()
@@ -132,7 +132,7 @@ fn shell(root: &Path, options: &[&str], script: &str) -> Ran {
     Call::run_in(root, &[options, &["busybox", "sh", "-c", script]].concat()).end()
 }
 
-fn inspect(root: &Path, what: &[&str]) -> serde_json::Value {
+pub fn inspect(root: &Path, what: &[&str]) -> serde_json::Value {
     let text = does(root, what);
     let mut all: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     all[0].take()
