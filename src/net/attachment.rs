@@ -21,9 +21,13 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// How many networks a container may be on: a digit of its interfaces' names.
 pub const NETWORKS_MAX: usize = 16;
+
+/// How long the tap of a virtual machine that has ended may be there still.
+const LET_GO: Duration = Duration::from_secs(5);
 
 /// The host's.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -137,15 +141,23 @@ impl Attachment {
         }
     }
 
-    /// A tap for the container's next child.
+    /// A tap for the container's next child. That of the last one may be closed a moment
+    /// after its owner has heard of its end, and is waited for.
     ///
     /// # Errors
     /// What the kernel says.
     pub fn tap(&self) -> Result<fork::Network> {
-        let tap = self
-            .namespace
-            .within(open_tap)
-            .context("cannot make a tap")?;
+        let deadline = Instant::now() + LET_GO;
+        let tap = loop {
+            match self.namespace.within(open_tap) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline =>
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                made => break made.context("cannot make a tap")?,
+            }
+        };
         Ok(fork::Network {
             tap,
             limits: self.plan.rates,
