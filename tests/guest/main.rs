@@ -18,6 +18,7 @@ mod kills;
 mod live;
 mod live_cli;
 mod live_networks;
+mod live_tree;
 mod machine;
 mod network;
 mod networks;

@@ -61,6 +61,8 @@ pub fn run(args: &Args) -> Result<()> {
     guest_tests("networks::many_", test::NETWORKED, "100")?;
     step("a thousand forks of a container that looks at its own memory");
     guest_tests("live::memory_is_right", test::FORKS, "1000")?;
+    step("a tree of forks, three hundred steps");
+    guest_tests("live_tree::", test::FORKS, "300")?;
     step("what root images cost");
     test::guest_tests(vmhost::HostKernel::default(), test::ROOTS)?;
     step("the guest tests on the oldest host kernel that is supported");
