@@ -87,6 +87,8 @@ pub(crate) struct Born {
     pub(crate) slot: Option<Slot>,
     /// The files of that, the lowest first.
     pub(crate) layers: Vec<File>,
+    /// Whether there may be one more, which is written.
+    pub(crate) is_disk_unknown: bool,
     /// Whether it has a tap.
     pub(crate) has_network: bool,
 }

@@ -137,6 +137,7 @@ impl Request {
             has_volumes: !self.volumes.is_empty(),
             slot,
             layers,
+            is_disk_unknown: false,
             has_network: self.network.is_some(),
         })
     }

@@ -267,3 +267,72 @@ fn check_rounds(child: &Child, stdout: &mut BufReader<UnixStream>, rounds: usize
         found += usize::from(line.ends_with(&generation));
     }
 }
+
+/// What each thread of each child drew first; `None` if the program cannot draw so here.
+fn first_draws(template: &Template, how: &str, threads: u8) -> Option<Vec<String>> {
+    let disks = Disks {
+        root: Some(programs_rootfs()),
+        writable: None,
+    };
+    let mut source = fork_with(template, "source", disks);
+    let container = ContainerSpec {
+        writable: Writable::Memory { limit: 16 << 20 },
+        warm: true,
+        ..ContainerSpec::default()
+    };
+    let words = ["/bin/drawing", how, &threads.to_string()];
+    let started = source.start(container, process(&words, &[Stream::Stdout]));
+    let mut own = started.expect("starts").stdout.expect("was asked for");
+    // From here on it draws, until it is a child.
+    source.await_warm(PATIENCE).expect("says that it is warm");
+    let specs = (0..4).map(|number| named(&format!("child-{number}")));
+    let forked = source.fork(&Place::ThisProcess, specs.collect(), None);
+    let mut values = Vec::new();
+    for child in forked.expect("forks").children {
+        let mut child = child.expect("is forked");
+        let process = child.attach(&[Stream::Stdout]).expect("attaches");
+        let mut stdout = process.stdout.expect("was asked for");
+        stdout.set_read_timeout(Some(PATIENCE)).expect("set");
+        let mut said = String::new();
+        stdout.read_to_string(&mut said).expect("reads");
+        assert_eq!(child.wait().expect("ends").code(), 0, "{said}");
+        values.extend(said.lines().map(String::from));
+    }
+    if values.is_empty() {
+        own.set_read_timeout(Some(PATIENCE)).expect("set");
+        let mut said = [0; 8];
+        own.read_exact(&mut said).expect("reads");
+        assert_eq!(&said, b"no vDSO\n");
+        return None;
+    }
+    assert!(values.iter().all(|value| value.len() == 32), "{values:?}");
+    assert_eq!(values.len(), 4 * usize::from(threads), "{values:?}");
+    Some(values)
+}
+
+/// Threads that draw random numbers all the time, one for each vCPU, draw what is their
+/// child's own from the first on.
+#[test]
+fn no_two_children_draw_the_same() {
+    for vcpus in [1, 2] {
+        let template = boot(128, vcpus);
+        let all_differ = |how: &str| {
+            let values = first_draws(&template, how, vcpus)?;
+            let different: BTreeSet<&String> = values.iter().collect();
+            println!(
+                "{how}, {vcpus} vCPUs: {} of {} differ",
+                different.len(),
+                values.len()
+            );
+            Some(different.len() == values.len())
+        };
+        assert!(
+            all_differ("vdso").expect("a vDSO with getrandom"),
+            "{vcpus} vCPUs"
+        );
+        // A thread may have been after a call and before its look at the generation: what
+        // it has then, it had before.
+        let call = |_| all_differ("call").expect("a system call");
+        assert!((0..2).any(call), "{vcpus} vCPUs");
+    }
+}

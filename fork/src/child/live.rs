@@ -96,7 +96,10 @@ impl Child {
     ) -> Result<(Template, CaptureCost), Error> {
         let own = top.as_ref().map(File::try_clone).transpose();
         let own = own.map_err(Error::Process)?;
-        let (image, mut state, cost) = self.machine.finish_capture(capturing, top)?;
+        let finished = self.machine.finish_capture(capturing, top);
+        // With an error nobody knows in which file its disk goes on.
+        self.born.is_disk_unknown |= finished.is_err() && own.is_some();
+        let (image, mut state, cost) = finished?;
         self.born.layers.extend(own);
         if info.live.is_some() {
             state.interrupt_for_identity();
@@ -116,6 +119,11 @@ impl Child {
         if self.born.has_volumes {
             return Err(Error::Request(
                 "a container with volumes cannot be forked while it runs",
+            ));
+        }
+        if self.born.is_disk_unknown {
+            return Err(Error::State(
+                "cannot be forked any more, for a fork of it has failed half-way: start its container again",
             ));
         }
         let root = self.born.root.as_ref().map(File::try_clone).transpose();
