@@ -207,15 +207,21 @@ fn what_runs_beside_the_container_is_left_behind() {
     assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
 }
 
-/// How many forks, unless `VM_RUN_TEST_FORKS` says otherwise.
-const FORKS: usize = 5;
+/// How many forks, and of how much memory, unless `VM_RUN_TEST_FORKS` says otherwise.
+const FORKS: usize = 4;
+const MEBIBYTES: &str = "8";
+const MANY_MEBIBYTES: &str = "64";
 
 /// A program that would notice, with threads that write all the time, forked again and
 /// again; every other fork is of the last one and not of the first.
 #[test]
 fn memory_is_right_after_many_forks() {
     let many = std::env::var("VM_RUN_TEST_FORKS").ok();
-    let forks = many.and_then(|n| n.parse().ok()).unwrap_or(FORKS);
+    let many: Option<usize> = many.and_then(|n| n.parse().ok());
+    let (forks, size) = match many {
+        Some(forks) => (forks, MANY_MEBIBYTES),
+        None => (FORKS, MEBIBYTES),
+    };
     for vcpus in [1, 2] {
         let template = boot(192, vcpus);
         let disks = Disks {
@@ -227,7 +233,7 @@ fn memory_is_right_after_many_forks() {
             writable: Writable::Memory { limit: 16 << 20 },
             ..ContainerSpec::default()
         };
-        let words = ["/bin/scribble", "64", "2"];
+        let words = ["/bin/scribble", size, "2"];
         let process = source.start(container, process(&words, &[Stream::Stdout]));
         let own = process.expect("starts").stdout.expect("was asked for");
         let mut own = BufReader::new(own);

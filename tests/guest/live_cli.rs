@@ -275,13 +275,13 @@ fn a_container_is_brought_back_with_its_disk() {
     said(root, &["freeze", "it", "--as", "then"]);
     let at = count(root, "it");
     put(root, "it", "later", "/a");
-    until("it has gone on", || count(root, "it") > at + 200);
+    until("it has gone on", || count(root, "it") > at + 60);
     said(root, &["freeze", "it", "--as", "later"]);
     let before = inspect(root, "it");
     for (name, range) in [
-        ("then", 0..at + 100),
-        ("later", at + 100..u64::MAX),
-        ("then", 0..at + 100),
+        ("then", 0..at + 30),
+        ("later", at + 30..u64::MAX),
+        ("then", 0..at + 30),
     ] {
         said(root, &["rewind", "it", name]);
         assert_eq!(cat(root, "it", "/a"), name);
@@ -313,7 +313,7 @@ fn a_container_is_brought_back_with_its_disk() {
 /// More often than a disk has layers; in between they become one.
 #[test]
 fn a_container_with_a_disk_is_forked_again_and_again() {
-    const FORKS: u32 = 12;
+    const FORKS: u32 = 9;
     let own = own_root();
     let root = own.path();
     let writes = "i=0; while :; do i=$((i + 1)); echo $i >> /log; sync; usleep 100000; done";
