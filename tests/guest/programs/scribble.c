@@ -9,6 +9,7 @@
  * that one all through the round. What it finds wrong it says, and ends.
  */
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -36,7 +37,7 @@ static uint64_t word(size_t page, uint64_t count, size_t at)
 static void take(size_t page)
 {
 	while (atomic_flag_test_and_set(&locks[page]))
-		;
+		sched_yield();
 }
 
 static void *scribble(void *seed)
