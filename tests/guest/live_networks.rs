@@ -5,7 +5,9 @@ use crate::support::own_root;
 
 /// Serves, and keeps a connection to `peer` open: what is put into /to comes back in /from.
 const SCRIPT: &str = "mkdir /www; echo served > /www/index.html; mkfifo /to
-    httpd -p 80 -h /www; sleep 100000 > /to & nc peer 7000 < /to > /from & exec sleep 100000";
+    httpd -p 80 -h /www
+    until echo there | nc -w 5 peer 7000 | grep -q there; do sleep 1; done
+    sleep 100000 > /to & nc peer 7000 < /to > /from & exec sleep 100000";
 
 #[test]
 fn a_fork_is_on_the_same_networks_and_its_connections_are_its_sources() {

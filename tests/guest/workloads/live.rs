@@ -36,6 +36,11 @@ impl Workload {
     /// Each ends, with this status, and has said this; the rest of a fork's own words.
     fn all_end(&self, status: &str) -> Vec<String> {
         let end = |name: &&str| {
+            let deadline = Instant::now() + SETUP_PATIENCE;
+            while is_running(&self.does(&["ps", "-a", "--json"]), name) {
+                assert!(Instant::now() < deadline, "{name} does not end");
+                std::thread::sleep(Duration::from_secs(2));
+            }
             assert_eq!(self.does(&["wait", name]), status, "{name}");
             self.ran(&["logs", name]).out()
         };
@@ -47,16 +52,23 @@ impl Workload {
     }
 }
 
+/// In docker's list.
+fn is_running(list: &str, name: &str) -> bool {
+    let list: serde_json::Value = serde_json::from_str(list).expect("JSON");
+    let mut all = list.as_array().into_iter().flatten();
+    all.any(|one| one["Name"] == format!("/{name}") && one["State"]["Status"] == "running")
+}
+
 #[test]
 fn gcc_in_the_middle_of_a_program() {
     // Functions for the compiler to think about.
     const SCRIPT: &str = r#"cd /tmp
-        i=0; while test $i -lt 400; do i=$((i + 1))
+        i=0; while test $i -lt 80; do i=$((i + 1))
             echo "unsigned f$i(unsigned n) { unsigned s = $i;
                 for (unsigned i = 0; i < n; i++) for (unsigned j = 0; j < i; j++)
                     s = s * 31 + (i ^ j) % $i; return s; }"
         done > program.c
-        echo 'int main(void) { return f1(3) + f400(7) & 0; }' >> program.c
+        echo 'int main(void) { return f1(3) + f80(7) & 0; }' >> program.c
         echo compiling; cc -O2 -w program.c -o program && ./program && echo ran"#;
     let gcc = Workload::new("gcc");
     gcc.starts(&["--entrypoint", ""], &["sh", "-c", SCRIPT]);
