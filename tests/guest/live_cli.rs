@@ -332,17 +332,19 @@ fn a_container_with_a_disk_is_forked_again_and_again() {
     };
     let mut most = 0;
     for number in 0..FORKS {
-        put(root, "source", &number.to_string(), "/a");
         said(root, &["fork", "--rm", "--name", "fork", "source"]);
-        assert_eq!(cat(root, "fork", "/a"), number.to_string());
-        let log = cat(root, "fork", "/log");
-        let lines = log.lines().enumerate();
-        assert!(
-            lines.clone().all(|(at, line)| line == (at + 1).to_string()),
-            "{log}"
-        );
-        said(root, &["rm", "-f", "fork"]);
         most = most.max(layers());
+        if number + 2 >= FORKS {
+            put(root, "fork", "forks", "/a");
+            let log = cat(root, "fork", "/log");
+            let lines = log.lines().enumerate();
+            assert!(
+                lines.clone().all(|(at, line)| line == (at + 1).to_string()),
+                "{log}"
+            );
+            put(root, "source", &number.to_string(), "/a");
+        }
+        said(root, &["rm", "-f", "fork"]);
     }
     until("its layers become one", || layers() < most);
     // Started again, it has all of it.
@@ -357,7 +359,7 @@ fn a_container_with_a_disk_is_forked_again_and_again() {
 #[test]
 fn a_fork_that_is_killed_costs_its_source_nothing() {
     let moments = std::env::var("VM_RUN_TEST_KILLS").ok();
-    let moments: u64 = moments.and_then(|n| n.parse().ok()).unwrap_or(6);
+    let moments: u64 = moments.and_then(|n| n.parse().ok()).unwrap_or(3);
     let own = own_root();
     let root = own.path();
     // Says something wrong if it ever loses a step.
