@@ -126,6 +126,9 @@ pub fn freeze(engine: &Engine, args: &FreezeArgs, root: &Path) -> Result<()> {
 fn check_runs(source: &Record) -> Result<()> {
     let name = &source.name;
     match source.state.status {
+        Status::Running if !source.spec.mounts.is_empty() => bail!(
+            "container {name} has volumes (its image may ask for them), and cannot be forked while it runs"
+        ),
         Status::Running => Ok(()),
         Status::Paused => bail!("container {name} is paused: unpause it first"),
         other => bail!(
@@ -181,7 +184,9 @@ impl Engine {
         let picture = match made {
             Ok(picture) => picture,
             Err(error) => {
-                for (record, _) in children {
+                for (record, supervisor) in children {
+                    // It waits for a picture no longer.
+                    drop(supervisor);
                     self.discard(&record);
                 }
                 return Err(error);

@@ -139,6 +139,13 @@ fn what_cannot_be_forked_is_told_in_a_line() {
         assert!(line.contains(why), "{words:?}: {line}");
     }
     said(root, &["unpause", "it"]);
+    let volume = [
+        "run", "-d", "--rm", "--name", "with", "-v", "/v", "busybox", "sleep", "1000",
+    ];
+    said(root, &volume);
+    let line = Call::vm_run_in(root, &["fork", "with"]).refused(125);
+    assert!(line.contains("has volumes"), "{line}");
+    said(root, &["rm", "-f", "with"]);
     let line = Call::vm_run_in(root, &["fork", "--name", "it", "it"]).refused(125);
     assert!(line.contains("is taken by another container"), "{line}");
     said(root, &["stop", "-t", "0", "it"]);

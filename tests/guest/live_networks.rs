@@ -15,7 +15,7 @@ fn a_fork_is_on_the_same_networks_and_its_connections_are_its_sources() {
     let root = own.path();
     does(root, &["network", "create", "app"]);
     let on_app = ["--network", "app", "--name"];
-    let echo = ["peer", "busybox", "nc", "-lk", "-p", "7000", "-e", "cat"];
+    let echo = ["peer", "busybox", "nc", "-ll", "-p", "7000", "-e", "cat"];
     starts(root, &[&on_app[..], &echo].concat());
     let published = ["source", "-p", "28080:80", "busybox", "sh", "-c", SCRIPT];
     starts(root, &[&on_app[..], &published].concat());

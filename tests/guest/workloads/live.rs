@@ -164,7 +164,18 @@ fn redis_under_load() {
 fn postgres_in_a_transaction() {
     let sql = |text| ["psql", "-U", "postgres", "-qtA", "-c", text];
     let postgres = Workload::new("postgres");
-    postgres.starts(&[], &[]);
+    // As above.
+    let volume = "/var/lib/postgresql/data";
+    let options = [
+        "--tmpfs",
+        volume,
+        "-e",
+        "PGDATA=/pgdata",
+        "--entrypoint",
+        "sh",
+    ];
+    let begin = "mkdir /pgdata; exec docker-entrypoint.sh postgres";
+    postgres.starts(&options, &["-c", begin]);
     postgres.answers(&sql("select 1"), "1\n");
     postgres.execs(&sql(
         "create table t as select n from generate_series(1, 10000) n",
