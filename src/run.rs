@@ -328,7 +328,9 @@ fn plan_bare(spec: &mut Spec, args: &CreateArgs, root: &Path) -> Result<()> {
     spec.options.memory = args.size.memory();
     spec.options.nano_cpus = args.size.nano_cpus();
     spec.network = network(args, &config)?;
-    let of_image: Vec<String> = config.volumes.keys().cloned().collect();
+    // A volume under a tmpfs would be seen by nobody.
+    let is_seen = |path: &&String| !spec.options.tmpfs.contains_key(path.trim_end_matches('/'));
+    let of_image: Vec<String> = config.volumes.keys().filter(is_seen).cloned().collect();
     spec.mounts = volume::plan(&args.volumes, &of_image)?;
     if spec.no_jail && !spec.mounts.is_empty() {
         bail!(
