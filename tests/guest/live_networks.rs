@@ -53,10 +53,11 @@ fn a_fork_is_on_the_same_networks_and_its_connections_are_its_sources() {
         "80/tcp -> 0.0.0.0:28081\n80/tcp -> [::]:28081"
     );
     assert_eq!(does(root, &["port", "other"]), "");
-    // The connection goes on where it was, and its copies are told that they are none.
+    // The connection goes on where it was, and its copies are told that they are none. Who
+    // has ended so waits for its parent, and has no command line.
     for name in ["fork", "other"] {
         until("nothing is reset", || {
-            sh(name, "pidof nc || echo none") == "none"
+            sh(name, "ps | grep '[n]c peer' || echo none") == "none"
         });
     }
     assert_eq!(http("127.0.0.1:28080"), "served\n");
