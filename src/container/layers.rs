@@ -55,6 +55,11 @@ impl Layers {
             .collect()
     }
 
+    /// Whether there is a disk.
+    pub fn exists(&self) -> bool {
+        !self.paths().is_empty()
+    }
+
     /// Opens them; `None` if there is none.
     ///
     /// # Errors

@@ -289,7 +289,7 @@ impl Mother {
     /// Makes its writable layer, if it has none yet: the empty disk that this template
     /// has mounted. It is there whole or not at all; we hold the container's lock.
     fn ensure_writable(&self) -> Result<()> {
-        if self.layers().open()?.is_some() {
+        if self.layers().exists() {
             return Ok(());
         }
         let path = self.directory.path(WRITABLE);
