@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 /// How many steps, unless `VM_RUN_TEST_FORKS` says otherwise.
-const STEPS: u64 = 10;
+const STEPS: u64 = 6;
 /// How many containers live at the same time.
 const ALIVE_MAX: usize = 8;
 /// How deep the tree is to be, in forks from the first.
