@@ -38,9 +38,17 @@ fn start(root: &Path, name: &str, more: &[&str], script: &str) {
     );
 }
 
+/// How far it has counted. Between two numbers the file may be empty for a moment, and
+/// before the first it is not there.
 fn count(root: &Path, name: &str) -> u64 {
-    let text = said(root, &["exec", name, "cat", "/i"]);
-    text.parse().unwrap_or_default()
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let ran = vm_run(root, &["exec", name, "cat", "/i"]);
+        match ran.out().trim().parse() {
+            Ok(number) => return number,
+            Err(_) => assert!(Instant::now() < deadline, "{ran}"),
+        }
+    }
 }
 
 /// Waits until it is so.
