@@ -156,11 +156,8 @@ impl Layers {
 
     /// The newest layer that has a block.
     fn newest(&self, block: u64) -> &Layer {
-        let newest = self.below.iter().chain([&self.top]).rev();
-        newest
-            .into_iter()
-            .find(|layer| layer.has(block))
-            .unwrap_or(&self.top)
+        let mut newest = self.below.iter().chain([&self.top]).rev();
+        newest.find(|layer| layer.has(block)).unwrap_or(&self.top)
     }
 
     /// Writes at `offset`; all of it lies on the disk.
@@ -352,8 +349,8 @@ pub fn merge_overlays(overlays: &[File], size: u64, into: &File) -> io::Result<(
     let bitmaps = bitmaps.collect::<io::Result<Vec<_>>>()?;
     let mut bytes = [0; BLOCK as usize];
     for block in 0..size.div_ceil(BLOCK) {
-        let newest = overlays.iter().zip(&bitmaps).rev();
-        let Some((file, _)) = newest.into_iter().find(|(_, bitmap)| bitmap.has(block)) else {
+        let mut newest = overlays.iter().zip(&bitmaps).rev();
+        let Some((file, _)) = newest.find(|(_, bitmap)| bitmap.has(block)) else {
             continue;
         };
         let at = block * BLOCK;
