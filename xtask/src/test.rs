@@ -1,10 +1,11 @@
 //! `cargo xtask test`: every test, on a host that can run it.
 
+mod shards;
+
 use crate::artifacts::{build_one, cargo};
 use crate::vmhost::{self, Options};
 use crate::{guest, host, images, install, kernel, programs, twins};
-use anyhow::{Result, bail};
-use std::ffi::OsString;
+use anyhow::Result;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -114,34 +115,12 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
         ],
         "guest",
     )?;
-    // `env` hands the variables on, here or on the emulated host.
-    let mut argv: Vec<OsString> = vec!["env".into()];
-    argv.extend(env.into_iter().map(|(name, value)| {
-        let mut word = OsString::from(name);
-        word.push("=");
-        word.push(value);
-        word
-    }));
-    argv.push(test.into());
-    argv.push("--test-threads=1".into());
-    // A test that fails says why when it does, not when all have ended: a run that is
-    // killed for its time would take that along.
-    argv.push("--nocapture".into());
-    if !filter.is_empty() {
-        argv.push(filter.into());
-    }
-    for apart in [WORKLOADS, ROOTS] {
-        if !filter.starts_with(apart) {
-            argv.extend(["--skip".into(), apart.into()]);
-        }
-    }
+    let mut apart = vec![WORKLOADS, ROOTS];
+    apart.retain(|apart| !filter.starts_with(apart));
     let options = Options {
         host_kernel,
         timeout: Some(GUEST_TESTS_TIMEOUT),
         ..Options::default()
     };
-    match vmhost::run_command(&argv, &options)? {
-        0 => Ok(()),
-        status => bail!("the tests of Linux guests failed with status {status}"),
-    }
+    shards::run(&test, &env, &shards::list(&test, filter, &apart)?, &options)
 }

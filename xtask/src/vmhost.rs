@@ -108,6 +108,9 @@ pub struct Options {
     pub timeout: Option<Duration>,
     /// What the command reads.
     pub stdin: Stdin,
+    /// What each line begins with that comes from an emulated host, where several run at
+    /// once: then only whole lines are passed on.
+    pub label: Option<String>,
 }
 
 impl Default for Options {
@@ -118,6 +121,7 @@ impl Default for Options {
             memory_mib: DEFAULT_MEMORY_MIB,
             timeout: None,
             stdin: Stdin::default(),
+            label: None,
         }
     }
 }
@@ -142,6 +146,7 @@ pub fn run(args: &Args) -> Result<()> {
         memory_mib: args.memory,
         timeout: args.timeout.map(Duration::from_secs),
         stdin,
+        label: None,
     };
     let code = match run_command(&args.command, &options) {
         Ok(code) => i32::from(code),

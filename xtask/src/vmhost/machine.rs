@@ -159,12 +159,12 @@ impl Machine {
                 move || keep_tail(console_out, &console)
             }),
             thread::spawn({
-                let sender = sender.clone();
-                move || copy_out(stdout, io::stdout(), &sender)
+                let (sender, label) = (sender.clone(), options.label.clone());
+                move || copy_out(stdout, io::stdout(), label.as_deref(), &sender)
             }),
             thread::spawn({
-                let sender = sender.clone();
-                move || copy_out(stderr, io::stderr(), &sender)
+                let (sender, label) = (sender.clone(), options.label.clone());
+                move || copy_out(stderr, io::stderr(), label.as_deref(), &sender)
             }),
         ];
         let waking = control.try_clone().context("cannot copy a descriptor")?;
@@ -367,24 +367,62 @@ fn wake(mut port: UnixStream) {
     }
 }
 
-/// Copies a port to `to` as it comes, to the port's end.
-fn copy_out(mut port: UnixStream, mut to: impl Write, sender: &Sender<Event>) {
+/// Copies a port to `to`, to the port's end: as it comes, or by lines with a label.
+fn copy_out(mut port: UnixStream, mut to: impl Write, label: Option<&str>, sender: &Sender<Event>) {
     let mut buffer = vec![0; 64 << 10];
+    let mut lines = label.map(Lines::new);
     loop {
         let count = match port.read(&mut buffer) {
-            Ok(0) | Err(_) => return,
+            Ok(0) | Err(_) => break,
             Ok(count) => count,
         };
-        if to
-            .write_all(&buffer[..count])
-            .and_then(|()| to.flush())
-            .is_err()
-        {
+        let whole = match &mut lines {
+            Some(lines) => lines.take(&buffer[..count]),
+            None => buffer[..count].to_vec(),
+        };
+        if to.write_all(&whole).and_then(|()| to.flush()).is_err() {
             // Whoever ran us does not read on: the run is over, as it would be for a
             // command that gets SIGPIPE.
             sender.send(Event::BrokenPipe).ok();
             return;
         }
+    }
+    let rest = lines.map(Lines::rest).unwrap_or_default();
+    // Nobody is left who could be told.
+    to.write_all(&rest).and_then(|()| to.flush()).ok();
+}
+
+/// Makes lines with a label of what comes.
+struct Lines<'a> {
+    label: &'a str,
+    begun: Vec<u8>,
+}
+
+impl<'a> Lines<'a> {
+    fn new(label: &'a str) -> Self {
+        let begun = Vec::new();
+        Self { label, begun }
+    }
+
+    /// The lines that are whole with these bytes.
+    fn take(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let mut whole = Vec::new();
+        for part in bytes.split_inclusive(|&byte| byte == b'\n') {
+            self.begun.extend(part);
+            if part.ends_with(b"\n") {
+                whole.extend(self.label.as_bytes());
+                whole.append(&mut self.begun);
+            }
+        }
+        whole
+    }
+
+    /// What is left of a last line without an end.
+    fn rest(mut self) -> Vec<u8> {
+        if self.begun.is_empty() {
+            return Vec::new();
+        }
+        self.take(b"\n")
     }
 }
 
@@ -459,6 +497,15 @@ mod tests {
                 &format!("virtserialport,chardev=port{number},nr={number}")
             ));
         }
+    }
+
+    #[test]
+    fn whole_lines_are_passed_on_with_their_label() {
+        let mut lines = Lines::new("2: ");
+        assert_eq!(lines.take(b"on"), b"");
+        assert_eq!(lines.take(b"e\n\ntw"), b"2: one\n2: \n");
+        assert_eq!(lines.rest(), b"2: tw\n");
+        assert_eq!(Lines::new("2: ").rest(), b"");
     }
 
     #[test]
