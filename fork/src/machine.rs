@@ -11,7 +11,10 @@ use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vmm::{Capture, CaptureCost, Console, Event, EventSink, Image, Moment, Timeline, Vm, VmState};
+use vmm::{
+    Capture, CaptureCost, CaptureFiles, Console, Event, EventSink, Image, Moment, Timeline, Vm,
+    VmState,
+};
 
 /// What a VM tells its owner. A guest makes at most one of each kind until it is
 /// resumed (see [`vmm::EventSink`]).
@@ -304,15 +307,15 @@ impl Machine {
     pub(crate) fn finish_capture(
         &mut self,
         capturing: Capturing,
-        top: Option<File>,
+        files: CaptureFiles,
     ) -> Result<(Image, VmState, CaptureCost), Error> {
         match (self, capturing) {
             (Self::Here(local), Capturing::Here(capture)) => {
-                let captured = local.vm.finish_capture(capture, top)?;
+                let captured = local.vm.finish_capture(capture, files)?;
                 Ok((captured.image, captured.state, captured.cost))
             }
             (Self::Worker(remote), Capturing::Worker { layer, .. }) => {
-                remote.finish_capture(layer, top)
+                remote.finish_capture(layer, &files)
             }
             _ => Err(Error::State("is not where it was captured")),
         }

@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use crate::template::{Kind, Live, Template, TemplateInfo, Warm};
+use crate::volumes::Claim;
 use crate::worker::picture;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,7 @@ struct Label {
     /// How many layers its disk has.
     layers: usize,
     has_root: bool,
+    has_volumes: bool,
     /// Guest memory, in bytes.
     memory: u64,
 }
@@ -51,6 +53,7 @@ impl Template {
             live: info.live,
             layers: info.layers.len(),
             has_root: info.root.is_some(),
+            has_volumes: info.volumes.is_some(),
             memory: self.image().bytes(),
         };
         let label = postcard::to_stdvec(&label).map_err(unusable)?;
@@ -58,6 +61,7 @@ impl Template {
         let files: Vec<BorrowedFd<'_>> = root
             .into_iter()
             .chain(info.layers.iter().map(AsFd::as_fd))
+            .chain(info.volumes.iter().map(AsFd::as_fd))
             .chain(picture::files(self.image(), self.record()?))
             .collect();
         let files = files.iter().map(BorrowedFd::try_clone_to_owned);
@@ -77,6 +81,7 @@ impl Template {
         let mut files = parcel.files.into_iter().map(File::from);
         let root = label.has_root.then(|| files.next()).flatten();
         let layers = files.by_ref().take(label.layers).collect();
+        let volumes = label.has_volumes.then(|| files.next()).flatten();
         let (image, state) = picture::read(label.memory, files).map_err(unusable)?;
         let state = state.ok_or_else(|| unusable("it has no state"))?;
         state.check()?;
@@ -89,6 +94,7 @@ impl Template {
             warm: label.warm,
             live: label.live,
             layers,
+            volumes: volumes.map(|socket| Claim::from_descriptor(socket.into())),
             root,
             empty_disk: None,
         };

@@ -7,7 +7,6 @@ use crate::request::Request;
 use crate::stages::ForkPath;
 use crate::template::{ForkSpec, Template};
 use crate::worker::{Remote, Workers};
-use rustix::fd::OwnedFd;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -238,7 +237,10 @@ impl Shared {
             None => (self.make()?, ForkPath::Cold),
         };
         if let Waiting::Worker(remote) = &waiting {
-            let server = self.serve(&request)?;
+            let server = match &self.place {
+                Place::Workers(workers) => request.serve(workers)?,
+                Place::ThisProcess => None,
+            };
             // The worker alone keeps it.
             remote.start(&request, server.as_ref())?;
         }
@@ -247,17 +249,6 @@ impl Shared {
             path,
             waiting,
         })
-    }
-
-    /// Has the child's volumes served, if it has any.
-    fn serve(&self, request: &Request) -> Result<Option<OwnedFd>, Error> {
-        match &self.place {
-            Place::Workers(workers) if !request.volumes.is_empty() => {
-                let (server, _) = workers.serve(&request.volumes)?;
-                Ok(Some(server))
-            }
-            Place::Workers(_) | Place::ThisProcess => Ok(None),
-        }
     }
 
     fn finish(&self, begun: Begun) -> Result<Child, Error> {

@@ -6,8 +6,10 @@ use crate::error::Error;
 use crate::identity;
 use crate::network::Network;
 use crate::template::{DEFAULT_DOMAIN, ForkSpec, TemplateInfo};
-use crate::volumes::{VOLUMES_MAX, Volume};
+use crate::volumes::{Claim, VOLUMES_MAX, Volume};
+use crate::worker::Workers;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use vm_run_abi::identity::Identity;
 use vmm::{DiskFiles, Moment};
 
@@ -16,11 +18,19 @@ pub(crate) struct Request {
     pub(crate) asked: Moment,
     pub(crate) identity: Identity,
     pub(crate) disks: vmm::Disks,
-    pub(crate) volumes: Vec<Volume>,
+    pub(crate) volumes: Shared,
     pub(crate) network: Option<Network>,
     /// See [`Birth::map_root`].
     pub(crate) map_root: bool,
     pub(crate) hold: bool,
+}
+
+/// What of the host's files a child sees.
+pub(crate) enum Shared {
+    Nothing,
+    Volumes(Vec<Volume>),
+    /// What its source sees.
+    Inherited(Claim),
 }
 
 impl TemplateInfo {
@@ -48,7 +58,11 @@ impl TemplateInfo {
             asked,
             identity,
             disks: self.place(spec.disks)?,
-            volumes: spec.volumes,
+            volumes: match &self.volumes {
+                Some(claim) => Shared::Inherited(claim.try_clone().map_err(Error::Process)?),
+                None if spec.volumes.is_empty() => Shared::Nothing,
+                None => Shared::Volumes(spec.volumes),
+            },
             network: spec.network,
             // Who names a domain shares no page with anyone outside of it.
             map_root: self.domain == DEFAULT_DOMAIN,
@@ -119,6 +133,16 @@ impl TemplateInfo {
 }
 
 impl Request {
+    /// Has its volumes served, if it has any. The socket is for its worker alone.
+    pub(crate) fn serve(&self, workers: &Workers) -> Result<Option<OwnedFd>, Error> {
+        let served = match &self.volumes {
+            Shared::Nothing => return Ok(None),
+            Shared::Volumes(volumes) => workers.serve(volumes)?,
+            Shared::Inherited(claim) => workers.serve_heir(claim)?,
+        };
+        Ok(Some(served.0))
+    }
+
     /// What the child of it knows of itself.
     pub(crate) fn born(&self) -> Result<Born, Error> {
         let root = self.disks.root.as_ref().map(File::try_clone).transpose();
@@ -134,7 +158,7 @@ impl Request {
             hostname: self.identity.hostname().into(),
             root: root.map_err(Error::Process)?,
             is_held: self.hold,
-            has_volumes: !self.volumes.is_empty(),
+            has_volumes: !matches!(self.volumes, Shared::Nothing),
             slot,
             layers,
             is_disk_unknown: false,

@@ -7,10 +7,10 @@ use crate::guest::Guest;
 use crate::identity;
 use crate::machine::{CONSOLE_LINES, Local, Machine, Mailbox, News, last_words};
 use crate::network::Network;
-use crate::request::Request;
+use crate::request::{Request, Shared};
 use crate::stages::ForkPath;
 use crate::store::{self, Contents, Manifest};
-use crate::volumes::Volume;
+use crate::volumes::{Claim, Volume};
 use crate::worker::{Remote, write_record};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
@@ -158,6 +158,8 @@ pub(crate) struct TemplateInfo {
     pub(crate) live: Option<Live>,
     /// The lower layers of its container's disk, the lowest first.
     pub(crate) layers: Vec<File>,
+    /// What its container's guest knows of its volumes, if it has any.
+    pub(crate) volumes: Option<Claim>,
     /// The root image of a warm template's container.
     pub(crate) root: Option<File>,
     /// What lay under the file system that the parent had mounted for its children's
@@ -166,15 +168,8 @@ pub(crate) struct TemplateInfo {
 }
 
 impl TemplateInfo {
-    /// What is known of a child of it, in which this container is, from this root image;
-    /// and `live` if it runs.
-    pub(crate) fn with_container(
-        &self,
-        warm: Warm,
-        root: Option<File>,
-        live: Option<Live>,
-        layers: Vec<File>,
-    ) -> Self {
+    /// What is known of a child of it, in which this container is, from this root image.
+    pub(crate) fn with_container(&self, warm: Warm, root: Option<File>) -> Self {
         Self {
             host: Arc::clone(&self.host),
             kind: Kind::Warm,
@@ -182,8 +177,9 @@ impl TemplateInfo {
             cpu: self.cpu.clone(),
             domain: self.domain.clone(),
             warm: Some(warm),
-            live,
-            layers,
+            live: None,
+            layers: Vec::new(),
+            volumes: None,
             root,
             empty_disk: None,
         }
@@ -254,6 +250,7 @@ impl Template {
                 warm: None,
                 live: None,
                 layers: Vec::new(),
+                volumes: None,
                 root: None,
                 empty_disk,
             },
@@ -284,11 +281,7 @@ impl Template {
         image: Image,
         state: VmState,
     ) -> Self {
-        Self::new(
-            parent.with_container(warm, root, None, Vec::new()),
-            image,
-            state,
-        )
+        Self::new(parent.with_container(warm, root), image, state)
     }
 
     /// Opens a template on disk. Its memory is mapped from the page cache, so
@@ -312,6 +305,7 @@ impl Template {
                 warm: manifest.warm,
                 live: manifest.live,
                 layers: opened.layers,
+                volumes: None,
                 root: opened.root,
                 empty_disk: opened.empty_disk,
             },
@@ -326,6 +320,11 @@ impl Template {
     /// # Errors
     /// What the file system says.
     pub fn save(&self, dir: &Path) -> Result<Manifest, Error> {
+        if self.info.volumes.is_some() {
+            return Err(Error::Request(
+                "a container with volumes can be forked and not be kept: what it has open there is on no disk",
+            ));
+        }
         store::save(
             dir,
             &Contents {
@@ -377,7 +376,7 @@ impl Template {
             born: request.born()?,
             mailbox: Arc::clone(&mailbox),
         };
-        if !request.volumes.is_empty() {
+        if !matches!(request.volumes, Shared::Nothing) {
             return Err(Error::Request(
                 "volumes need a worker: fork from a pool in workers",
             ));

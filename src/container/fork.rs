@@ -114,6 +114,12 @@ pub struct FreezeArgs {
 pub fn freeze(engine: &Engine, args: &FreezeArgs, root: &Path) -> Result<()> {
     let source = engine.find(&args.container)?;
     check_runs(&source)?;
+    if !source.spec.mounts.is_empty() {
+        bail!(
+            "container {} has volumes (its image may ask for them): it can be forked, and not frozen, for what it has open there is on no disk",
+            source.name
+        );
+    }
     templates::check_free(root, &args.name)?;
     let picture = engine.capture(&source)?;
     let host = Arc::new(Host::open()?);
@@ -126,9 +132,6 @@ pub fn freeze(engine: &Engine, args: &FreezeArgs, root: &Path) -> Result<()> {
 fn check_runs(source: &Record) -> Result<()> {
     let name = &source.name;
     match source.state.status {
-        Status::Running if !source.spec.mounts.is_empty() => bail!(
-            "container {name} has volumes (its image may ask for them), and cannot be forked while it runs"
-        ),
         Status::Running => Ok(()),
         Status::Paused => bail!("container {name} is paused: unpause it first"),
         other => bail!(

@@ -122,6 +122,75 @@ fn containers_go_on_where_their_source_is() {
     said(root, &["rm", "-f", "grand", "f-2"]);
 }
 
+/// Writes who it is by a file that is open, and, when it is asked to, what it has open that
+/// has no name any more.
+const WRITES: &str = "cd /v; echo here > gone; exec 3>>log 4<gone; rm gone
+    while :; do
+        echo $(hostname) >&3
+        test -e ask && test ! -e its-$(hostname) && cat <&4 > its-$(hostname)
+        usleep 20000
+    done";
+
+#[test]
+fn volumes_are_shared_and_what_is_open_there_stays_open() {
+    let own = own_root();
+    let root = own.path();
+    let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
+    let volume = format!("{}:/v", dir.path().display());
+    let more = ["--rm", "-v", &volume, "-v", "/anonymous"];
+    start(root, "source", &more, WRITES);
+    let path = |name: &str| dir.path().join(name);
+    let read = |name: &str| std::fs::read_to_string(path(name)).unwrap_or_default();
+    let lines = |host: &str| read("log").lines().filter(|line| *line == host).count();
+    let source = said(root, &["exec", "source", "hostname"]);
+    until("the source writes", || lines(&source) > 3);
+    said(
+        root,
+        &[
+            "fork",
+            "--rm",
+            "--name",
+            "one",
+            "--hostname",
+            "one",
+            "source",
+        ],
+    );
+    said(
+        root,
+        &["fork", "--rm", "--name", "two", "--hostname", "two", "one"],
+    );
+    let before = lines(&source);
+    until("all three write", || {
+        lines("one") > 3 && lines("two") > 3 && lines(&source) > before + 3
+    });
+    std::fs::write(path("ask"), "").expect("written");
+    for host in [&source, "one", "two"] {
+        until("each has it open", || {
+            read(&format!("its-{host}")) == "here\n"
+        });
+    }
+    // What one makes the others see; it all outlives the source, as do its mounts.
+    said(
+        root,
+        &[
+            "exec",
+            "one",
+            "sh",
+            "-c",
+            "mkdir /v/of-one; echo 1 > /anonymous/one",
+        ],
+    );
+    said(root, &["exec", "source", "rmdir", "/v/of-one"]);
+    said(root, &["rm", "-f", "source", "one"]);
+    let now = lines("two");
+    until("it writes on", || lines("two") > now + 3);
+    assert_eq!(said(root, &["exec", "two", "cat", "/anonymous/one"]), "1");
+    said(root, &["exec", "two", "sh", "-c", "echo new > /v/new"]);
+    assert_eq!(read("new"), "new\n");
+    said(root, &["rm", "-f", "two"]);
+}
+
 #[test]
 fn what_cannot_be_forked_is_told_in_a_line() {
     let own = own_root();
@@ -147,11 +216,8 @@ fn what_cannot_be_forked_is_told_in_a_line() {
         assert!(line.contains(why), "{words:?}: {line}");
     }
     said(root, &["unpause", "it"]);
-    let volume = [
-        "run", "-d", "--rm", "--name", "with", "-v", "/v", "busybox", "sleep", "1000",
-    ];
-    said(root, &volume);
-    let line = Call::vm_run_in(root, &["fork", "with"]).refused(125);
+    start(root, "with", &["--rm", "-v", "/v"], "sleep 1000");
+    let line = Call::vm_run_in(root, &["freeze", "with", "--as", "t"]).refused(125);
     assert!(line.contains("has volumes"), "{line}");
     said(root, &["rm", "-f", "with"]);
     let line = Call::vm_run_in(root, &["fork", "--name", "it", "it"]).refused(125);

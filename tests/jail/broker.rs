@@ -2,7 +2,9 @@
 //! put together by hand, as a guest's kernel would.
 
 use crate::support::*;
+use devices::virtio::fs::Fs;
 use fork::Volume;
+use fork::worker::Claim;
 use fork::worker::{Jail, Limits, Workers};
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags, open};
@@ -18,6 +20,7 @@ const ROOT: u64 = 1;
 const EROFS: i32 = 30;
 const EPERM: i32 = 1;
 const ENOENT: i32 = 2;
+const EBADF: i32 = 9;
 
 fn volume(path: &Path, read_only: bool) -> Volume {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
@@ -85,11 +88,52 @@ impl Guest {
         self.ask(35, parent, &body).map(drop)
     }
 
+    /// Its node, and a handle for reading and writing.
+    fn open(&mut self, parent: u64, name: &str) -> Result<(u64, u64), i32> {
+        let node = self.lookup(parent, name)?;
+        let answer = self.ask(14, node, &[2_u32, 0].map(u32::to_le_bytes).concat())?;
+        Ok((node, number(&answer)))
+    }
+
+    fn open_directory(&mut self, node: u64) -> Result<u64, i32> {
+        Ok(number(&self.ask(27, node, &[0; 8])?))
+    }
+
+    /// The first entries.
+    fn list(&mut self, handle: u64) -> Result<Vec<u8>, i32> {
+        self.ask(28, 0, &read_in(handle, 0))
+    }
+
+    fn read(&mut self, handle: u64, offset: u64) -> Result<Vec<u8>, i32> {
+        self.ask(15, 0, &read_in(handle, offset))
+    }
+
+    fn write(&mut self, handle: u64, offset: u64, data: &[u8]) -> Result<(), i32> {
+        let mut body = [handle, offset].map(u64::to_le_bytes).concat();
+        body.extend((data.len() as u32).to_le_bytes());
+        body.extend([0; 20]);
+        body.extend(data);
+        self.ask(16, 0, &body).map(drop)
+    }
+
     fn make_node(&mut self, parent: u64, mode: u32, name: &str) -> Result<(), i32> {
         let mut body = [mode, 0x103, 0, 0].map(u32::to_le_bytes).concat();
         body.extend([name.as_bytes(), b"\0"].concat());
         self.ask(8, parent, &body).map(drop)
     }
+}
+
+/// The number at the beginning of an answer.
+fn number(answer: &[u8]) -> u64 {
+    u64::from_le_bytes(answer[..8].try_into().expect("eight"))
+}
+
+/// `struct fuse_read_in`.
+fn read_in(handle: u64, offset: u64) -> Vec<u8> {
+    let mut body = [handle, offset].map(u64::to_le_bytes).concat();
+    body.extend(4096_u32.to_le_bytes());
+    body.extend([0; 20]);
+    body
 }
 
 fn workers() -> (Workers, TempDir) {
@@ -141,6 +185,80 @@ pub fn has_its_volumes_and_no_more() {
     assert_eq!(guest.create(ROOT, "made"), Err(EROFS));
     drop(guest);
     assert_eq!(settled(&workers).violations, 0);
+}
+
+/// What a broker keeps of a guest, for a claim on it.
+fn claim(guest: &Guest) -> Claim {
+    let (claim, theirs) = Claim::new().expect("a claim");
+    let mut device = Fs::default();
+    device
+        .bind(guest.socket.try_clone().expect("cloned"))
+        .expect("bound");
+    device.claim(theirs).expect("kept");
+    claim
+}
+
+pub fn hands_over_what_its_guest_knows() {
+    let (workers, dir) = workers();
+    let mut guest = Guest::of(&workers, dir.path());
+    let rw = guest.lookup(ROOT, "0").expect("the first volume");
+    for number in 0..100 {
+        guest.create(rw, &format!("file-{number}")).expect("made");
+    }
+    let host = |name: &str| dir.path().join("rw").join(name);
+    let (file, handle) = guest.open(rw, "file-7").expect("opens");
+    guest.write(handle, 0, b"before").expect("written");
+    let listing = guest.open_directory(rw).expect("opens");
+    let ro = guest.lookup(ROOT, "1").expect("the second volume");
+    let claim = claim(&guest);
+
+    // What happens from now on the other does not know; a file that is open is one file,
+    // wherever its name has gone.
+    fs::remove_file(host("file-7")).expect("removed");
+    guest
+        .ask(18, file, &[handle.to_le_bytes(), [0; 8], [0; 8]].concat())
+        .expect("closed");
+    let heir = |claim: &Claim| {
+        let (socket, pid) = workers.serve_heir(claim).expect("an heir");
+        Guest {
+            socket,
+            pid,
+            uid: 0,
+        }
+    };
+    let mut one = heir(&claim);
+    let mut two = heir(&claim);
+    assert_eq!(guest.write(handle, 0, b"x"), Err(EBADF));
+    assert_eq!(one.read(handle, 0).expect("reads"), b"before");
+    one.write(handle, 6, b" and after").expect("written");
+    assert_eq!(two.read(handle, 0).expect("reads"), b"before and after");
+    assert_eq!(one.create(ro, "made"), Err(EROFS));
+    assert_eq!(one.lookup(rw, "file-7"), Err(ENOENT));
+    assert_eq!(guest.lookup(rw, "file-8"), one.lookup(rw, "file-8"));
+
+    // A position in a directory is each one's own.
+    let (first, second) = (one.list(listing), two.list(listing));
+    assert_eq!(first.expect("lists"), second.expect("lists"));
+    // A claim outlives its guest, and a fork can be forked.
+    drop(guest);
+    let mut three = heir(&claim);
+    assert_eq!(three.read(handle, 0).expect("reads"), b"before and after");
+    let mut four = heir(&self::claim(&three));
+    assert_eq!(four.read(handle, 0).expect("reads"), b"before and after");
+    // When the source's broker has ended its mounts are still there.
+    drop(claim);
+    wait_until("the source's broker has ended", || {
+        workers.counts().expect("a spawner").gone == 1
+    });
+    for heir in [&mut one, &mut four] {
+        assert_eq!(heir.lookup(ROOT, "1"), Ok(ro));
+        assert_eq!(heir.create(ro, "made"), Err(EROFS));
+    }
+    one.create(rw, "later").expect("made");
+    assert!(host("later").exists());
+    drop((one, two, three, four));
+    let counts = settled(&workers);
+    assert_eq!((counts.started, counts.violations), (5, 0));
 }
 
 pub fn serves_owners_and_keeps_read_only() {

@@ -41,6 +41,10 @@ const TESTS: &[(&str, fn())] = &[
         broker::serves_owners_and_keeps_read_only,
     ),
     ("a_broker_ends_with_its_guest", broker::ends_with_its_guest),
+    (
+        "a_broker_hands_over_what_its_guest_knows",
+        broker::hands_over_what_its_guest_knows,
+    ),
     ("a_vm_lives_under_the_lists", a_vm_lives_under_the_lists),
     (
         "a_worker_has_what_it_was_given_and_no_more",

@@ -24,6 +24,7 @@ use crate::reaper::Parts;
 use crate::vm::{Vm, VmState};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// So few pages are left for when the source is stopped: a tenth of a millisecond's copy.
@@ -56,6 +57,19 @@ pub struct Capture {
     captures: u64,
     layer: Layer,
     cost: CaptureCost,
+}
+
+/// What the devices of a VM are given when a picture of it is taken.
+#[derive(Debug, Default)]
+pub struct CaptureFiles {
+    /// A fresh overlay for its writable disk
+    /// ([`devices::virtio::block::format_overlay`]), if it has one: what it writes from
+    /// then on goes there, and what was there is shared with those who are made of the
+    /// picture.
+    pub overlay: Option<File>,
+    /// For the server of its volumes, if it has one: see
+    /// [`Fs::claim`](devices::virtio::fs::Fs::claim).
+    pub claim: Option<OwnedFd>,
 }
 
 /// A picture of a VM at one instant.
@@ -150,28 +164,25 @@ impl Vm {
     }
 
     /// Takes the picture, wherever the vCPUs are: at one instant, as soon as little is left
-    /// to copy. The VM goes on when this returns. What it writes to its disk from then on
-    /// goes to `top`, a fresh overlay ([`devices::virtio::block::format_overlay`]): what was
-    /// there is shared with those who are made of the picture. A VM without a writable disk
-    /// has none.
+    /// to copy. The VM goes on when this returns.
     ///
     /// # Errors
     /// Another picture was taken since this was begun, or what the system says. The VM
     /// runs on, unless the error is that it cannot.
-    pub fn finish_capture(&self, capture: Capture, top: Option<File>) -> Result<Captured, Error> {
-        self.finish_watched(capture, top, |_| {})
+    pub fn finish_capture(&self, capture: Capture, files: CaptureFiles) -> Result<Captured, Error> {
+        self.finish_watched(capture, files, |_| {})
     }
 
     /// The same; `watch` sees the memory while nobody writes it.
     fn finish_watched(
         &self,
         mut capture: Capture,
-        top: Option<File>,
+        files: CaptureFiles,
         watch: impl FnOnce(&Ram),
     ) -> Result<Captured, Error> {
         let parts = self.parts()?;
         let ram = &parts.kvm.ram;
-        if parts.devices.writable().is_some() != top.is_some() {
+        if parts.devices.writable().is_some() != files.overlay.is_some() {
             return Err(Error::Phase(UNCOVERED));
         }
         let mut trail = lock(&self.trail);
@@ -189,7 +200,7 @@ impl Vm {
         capture.cost.stopping = Moment::now();
         let stopped = self.pause().and_then(|()| {
             capture.cost.stopped = Moment::now();
-            let state = stopped(parts, trail, &mut capture, top)?;
+            let state = stopped(parts, trail, &mut capture, files)?;
             watch(ram);
             Ok(state)
         });
@@ -243,7 +254,7 @@ fn stopped(
     parts: &Parts,
     trail: &mut Trail,
     capture: &mut Capture,
-    top: Option<File>,
+    files: CaptureFiles,
 ) -> Result<VmState, Error> {
     let mut devices = parts.devices.hold();
     let state = Vm::save(parts, &devices)?;
@@ -253,7 +264,8 @@ fn stopped(
     let last = trail.news(parts)?;
     capture.copy(&parts.kvm.ram, &last)?;
     capture.cost.copied_stopped = last.count();
-    devices.cover(top)?;
+    devices.claim(files.claim)?;
+    devices.cover(files.overlay)?;
     Ok(state)
 }
 

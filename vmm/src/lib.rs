@@ -32,9 +32,10 @@ mod vm;
 mod window;
 mod x86_64;
 
-pub use capture::{Capture, CaptureCost, Captured};
+pub use capture::{Capture, CaptureCost, CaptureFiles, Captured};
 pub use devices::Console;
 pub use devices::virtio::block::{LAYERS_MAX as DISK_LAYERS_MAX, format_overlay, merge_overlays};
+pub use devices::virtio::fs::OP_CLAIM;
 pub use devices::virtio::{DiskFiles, Rate, RateLimit, RateLimits};
 pub use error::{ConfigError, Error, HostError};
 pub use host::{Cpu, Host, ThreadKind, ThreadStart, VMS_PER_PROCESS};

@@ -168,6 +168,15 @@ impl Held<'_> {
         }
     }
 
+    /// Has the server of the volumes keep what the guest knows of them.
+    pub(crate) fn claim(&mut self, claim: Option<OwnedFd>) -> Result<(), Error> {
+        let claimed = claim.map(|claim| self.volumes.device_mut().claim(claim));
+        claimed
+            .transpose()
+            .map_err(refused("the volumes"))
+            .map(drop)
+    }
+
     /// Reads all states.
     pub(crate) fn save(&self) -> DevicesState {
         DevicesState {

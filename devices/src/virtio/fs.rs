@@ -9,11 +9,12 @@
 //! given up; from then on, as without a server, every request fails and the guest lives.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::io::Errno;
-use rustix::net::SocketType;
+use rustix::io::{Errno, IoSlice};
 use rustix::net::sockopt::socket_type;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketType, sendmsg};
 use serde::{Deserialize, Serialize};
 
 use super::chain::{Chain, ChainError};
@@ -39,6 +40,11 @@ const OUT_HEADER: usize = 16;
 const OP_FORGET: u32 = 2;
 const OP_INTERRUPT: u32 = 36;
 const OP_BATCH_FORGET: u32 = 42;
+
+/// No request of FUSE, nor of the guest: it is the monitor's own, and comes with a socket
+/// on which what the guest knows of its files at that instant can be asked for
+/// ([`Fs::claim`]).
+pub const OP_CLAIM: u32 = u32::MAX;
 
 /// The longest request, in bytes: 128 KiB of data and room for what describes it. A
 /// packet is held in the socket's buffer, 208 KiB by Linux's default.
@@ -107,6 +113,22 @@ impl Fs {
         self.server.is_some()
     }
 
+    /// Has the server keep what the guest knows of its files now, for as long as the other
+    /// end of `claim` is open: for those who go on as this guest does. The guest is stopped.
+    ///
+    /// # Errors
+    /// A device without a server, or a server that does not do it.
+    pub fn claim(&mut self, claim: OwnedFd) -> io::Result<()> {
+        let gone = || io::Error::new(io::ErrorKind::NotConnected, "the server has ended");
+        let server = self.server.as_ref().ok_or_else(gone)?;
+        let claimed = send_claim(server.as_fd(), claim.as_fd());
+        if claimed.is_err() {
+            // Whatever it says next is an answer to nobody.
+            self.server = None;
+        }
+        claimed
+    }
+
     /// Carries out one request, and gives the number of bytes written to it.
     fn execute(&mut self, chain: &mut Chain<'_>) -> Result<usize, ChainError> {
         let (readable, room) = (chain.readable.len(), chain.writable.len());
@@ -117,6 +139,8 @@ impl Fs {
         }
         let done = if header.len() != readable || readable > PACKET_MAX {
             Err(Errno::INVAL)
+        } else if header.opcode == OP_CLAIM {
+            Err(Errno::NOSYS)
         } else {
             self.exchange(&header, chain)
         };
@@ -194,6 +218,29 @@ impl Header {
     fn wants_answer(&self) -> bool {
         !matches!(self.opcode, OP_FORGET | OP_BATCH_FORGET | OP_INTERRUPT)
     }
+}
+
+/// See [`Fs::claim`].
+fn send_claim(server: BorrowedFd<'_>, claim: BorrowedFd<'_>) -> io::Result<()> {
+    let mut header = [0; IN_HEADER];
+    header[..4].copy_from_slice(&(IN_HEADER as u32).to_le_bytes());
+    header[4..8].copy_from_slice(&OP_CLAIM.to_le_bytes());
+    let with = [claim];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&with));
+    let flags = SendFlags::NOSIGNAL;
+    if sendmsg(server, &[IoSlice::new(&header)], &mut control, flags)? != IN_HEADER {
+        return Err(io::ErrorKind::WriteZero.into());
+    }
+    let mut done = [0; OUT_HEADER];
+    done[..4].copy_from_slice(&(OUT_HEADER as u32).to_le_bytes());
+    let mut answer = [0; OUT_HEADER];
+    let got = iov::receive_packet(server, &mut answer, &[])?;
+    if got != OUT_HEADER || answer != done {
+        return Err(io::Error::other("the server does not keep it"));
+    }
+    Ok(())
 }
 
 /// Sends a request, and waits for its answer if it has one.

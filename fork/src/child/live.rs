@@ -13,10 +13,11 @@ use crate::pool::Place;
 use crate::request::Request;
 use crate::stages::ForkPath;
 use crate::template::{ForkSpec, Kind, Live, Template, TemplateInfo, Warm};
+use crate::volumes::Claim;
 use crate::worker::{Remote, Workers, write_record};
 use std::fs::File;
 use std::sync::Arc;
-use vmm::{CaptureCost, Image, Shell};
+use vmm::{CaptureCost, CaptureFiles, Image, Shell};
 
 /// What has become of a fork of a child that runs.
 #[derive(Debug)]
@@ -48,7 +49,7 @@ impl Child {
     /// written again. One without has none.
     ///
     /// # Errors
-    /// A container that does not run, or that has volumes; a guest whose kernel is not
+    /// A container that does not run; a guest whose kernel is not
     /// vm-run's own; a request as of [`Template::fork`], or what the monitor says. This child
     /// runs on.
     pub fn fork(
@@ -57,15 +58,15 @@ impl Child {
         specs: Vec<ForkSpec>,
         top: Option<File>,
     ) -> Result<LiveFork, Error> {
-        let info = self.pictured(&self.container.image)?;
+        let (info, files) = self.pictured(&self.container.image, top)?;
         let requests = specs.into_iter().map(|spec| info.check(spec));
         let requests = requests.collect::<Result<Vec<_>, _>>()?;
         let image = self.machine.image()?;
         let mut waiting = make(place, &info.host, &image, self.vcpus, requests.len())?;
         let capturing = self.machine.begin_capture(info.live.is_some())?;
         lay(&mut waiting, &capturing.so_far())?;
-        let (template, cost) = self.finish(capturing, info, top)?;
-        let children = start(&template, waiting, requests);
+        let (template, cost) = self.finish(capturing, info, files)?;
+        let children = start(place, &template, waiting, requests);
         Ok(LiveFork { children, cost })
     }
 
@@ -83,20 +84,20 @@ impl Child {
         image: &str,
         top: Option<File>,
     ) -> Result<(Template, CaptureCost), Error> {
-        let info = self.pictured(image)?;
+        let (info, files) = self.pictured(image, top)?;
         let capturing = self.machine.begin_capture(info.live.is_some())?;
-        self.finish(capturing, info, top)
+        self.finish(capturing, info, files)
     }
 
     fn finish(
         &mut self,
         capturing: Capturing,
         info: Arc<TemplateInfo>,
-        top: Option<File>,
+        files: CaptureFiles,
     ) -> Result<(Template, CaptureCost), Error> {
-        let own = top.as_ref().map(File::try_clone).transpose();
+        let own = files.overlay.as_ref().map(File::try_clone).transpose();
         let own = own.map_err(Error::Process)?;
-        let finished = self.machine.finish_capture(capturing, top);
+        let finished = self.machine.finish_capture(capturing, files);
         // With an error nobody knows in which file its disk goes on.
         self.born.is_disk_unknown |= finished.is_err() && own.is_some();
         let (image, mut state, cost) = finished?;
@@ -107,20 +108,20 @@ impl Child {
         Ok((Template::of(&info, image, state), cost))
     }
 
-    /// What is said of a picture of it.
-    fn pictured(&self, image: &str) -> Result<Arc<TemplateInfo>, Error> {
+    /// What is said of a picture of it, and what its devices are given then.
+    fn pictured(
+        &self,
+        image: &str,
+        overlay: Option<File>,
+    ) -> Result<(Arc<TemplateInfo>, CaptureFiles), Error> {
         if self.template.kind == Kind::Micro {
+            let claim = None;
             return match self.phase {
                 Phase::Poisoned => Err(Error::State(POISONED)),
-                _ => Ok(Arc::clone(&self.template)),
+                _ => Ok((Arc::clone(&self.template), CaptureFiles { overlay, claim })),
             };
         }
         self.expect(Phase::Started, "has no container that runs")?;
-        if self.born.has_volumes {
-            return Err(Error::Request(
-                "a container with volumes cannot be forked while it runs",
-            ));
-        }
         if self.born.is_disk_unknown {
             return Err(Error::State(
                 "cannot be forked any more, for a fork of it has failed half-way: start its container again",
@@ -134,13 +135,21 @@ impl Child {
         };
         let layers = self.born.layers.iter().map(File::try_clone);
         let layers = layers.collect::<Result<_, _>>().map_err(Error::Process)?;
-        let live = Live {
-            disk: self.born.slot,
+        let (volumes, claim) = match self.born.has_volumes {
+            true => Claim::new()
+                .map(|(ours, theirs)| (Some(ours), Some(theirs)))
+                .map_err(Error::Process)?,
+            false => (None, None),
         };
-        let info = self
-            .template
-            .with_container(container, root, Some(live), layers);
-        Ok(Arc::new(info))
+        let info = TemplateInfo {
+            live: Some(Live {
+                disk: self.born.slot,
+            }),
+            layers,
+            volumes,
+            ..self.template.with_container(container, root)
+        };
+        Ok((Arc::new(info), CaptureFiles { overlay, claim }))
     }
 }
 
@@ -195,16 +204,17 @@ fn lay(waiting: &mut [Waiting], image: &Image) -> Result<(), Error> {
 
 /// Lets them go on as children. All are asked before any is waited for.
 fn start(
+    place: &Place,
     template: &Template,
     mut waiting: Vec<Waiting>,
     requests: Vec<Request>,
 ) -> Vec<Result<Child, Error>> {
-    let ask = |(waiting, request): (&mut Waiting, &Request)| match waiting {
-        Waiting::Here(_) => Ok(()),
-        Waiting::Worker(remote) => {
+    let ask = |(waiting, request): (&mut Waiting, &Request)| match (waiting, place) {
+        (Waiting::Worker(remote), Place::Workers(workers)) => {
             remote.load(template)?;
-            remote.start(request, None)
+            remote.start(request, request.serve(workers)?.as_ref())
         }
+        (Waiting::Here(_) | Waiting::Worker(_), _) => Ok(()),
     };
     let asked: Vec<Result<(), Error>> = waiting.iter_mut().zip(&requests).map(ask).collect();
     let all = waiting.into_iter().zip(requests).zip(asked);

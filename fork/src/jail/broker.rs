@@ -23,27 +23,32 @@ struct Tree {
     read_only: bool,
 }
 
-/// Closes the jail around this process: see [`super::enter`]. The working directory is
-/// that of its descriptors then.
+/// Closes the jail around this process, which keeps the descriptors `kept`: see
+/// [`super::enter`]. The working directory is that of its descriptors then. Returns the
+/// namespace with the mounts of its volumes.
 ///
 /// # Errors
 /// As [`super::enter`].
-pub(crate) fn enter_broker(volumes: Vec<Volume>, socket: BorrowedFd<'_>) -> Result<(), Error> {
+pub(crate) fn enter_broker(
+    volumes: Vec<Volume>,
+    kept: &[BorrowedFd<'_>],
+) -> Result<OwnedFd, Error> {
     one_thread()?;
     // Before the namespace changes: what a descriptor is of is then somebody else's.
     let trees = volumes
         .into_iter()
         .map(Tree::of)
         .collect::<Result<Vec<_>, _>>()?;
-    let mut known = vec![socket];
+    let mut known = kept.to_vec();
     known.extend(trees.iter().map(|tree| tree.mounts.as_fd()));
     no_descriptor_but(&known)?;
     leave_host_but_files()?;
-    put_together(trees)?;
+    let namespace = put_together(trees)?;
     limits::set_broker()?;
     // Modes are the guest's to choose.
     umask(Mode::empty());
-    privileges::keep_files()
+    privileges::keep_files()?;
+    Ok(namespace)
 }
 
 impl Tree {
@@ -74,7 +79,7 @@ impl Tree {
 }
 
 /// Makes the root: a small file system with the volumes, by number.
-fn put_together(trees: Vec<Tree>) -> Result<(), Error> {
+fn put_together(trees: Vec<Tree>) -> Result<OwnedFd, Error> {
     let plain = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("vm-run", PLACE, "tmpfs", plain, c"mode=755,size=1m").map_err(Error::call("tmpfs"))?;
     chdir(PLACE).map_err(Error::call("chdir"))?;
@@ -95,9 +100,16 @@ fn put_together(trees: Vec<Tree>) -> Result<(), Error> {
     for number in read_only {
         make_read_only(&format!("/{number}"))?;
     }
+    let namespace = open(
+        "/proc/self/ns/mnt",
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(Error::call("open of the mount namespace"))?;
     leave_proc()?;
     let flags = plain | MountFlags::RDONLY | MountFlags::BIND;
-    mount_remount("/", flags, "").map_err(Error::call("mount -o remount,ro /"))
+    mount_remount("/", flags, "").map_err(Error::call("mount -o remount,ro /"))?;
+    Ok(namespace)
 }
 
 /// Makes a mount and all below it read-only.

@@ -175,7 +175,6 @@ mod tests {
             libc::SYS_socket,
             libc::SYS_socketpair,
             libc::SYS_connect,
-            libc::SYS_recvmsg,
             libc::SYS_mount,
             libc::SYS_open_tree,
             libc::SYS_move_mount,

@@ -4,12 +4,20 @@
 //! **broker** answers them: a process of the child's own, in a jail of its own
 //! ([`broker`]), with the volumes as all that there is, and the privileges that files of
 //! many owners need. It is one thread, so a request sees the effects of all before it.
+//!
+//! At the fork of a guest that runs, its device has the broker keep what the guest knows of
+//! its files ([`table`]), for whoever has a claim on that ([`Claim`]): the broker of each
+//! child is handed it, and both go on.
 
 pub(crate) mod broker;
+mod claim;
 #[cfg(fuzzing)]
 pub(crate) mod fuzz;
 mod server;
+mod table;
 mod wire;
+
+pub use self::claim::Claim;
 
 use std::os::fd::OwnedFd;
 

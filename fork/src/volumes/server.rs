@@ -13,13 +13,18 @@ mod list;
 mod names;
 mod nodes;
 
+pub(super) use self::nodes::{Known, KnownFile};
+
 use self::nodes::Nodes;
+use super::table::Table;
 use super::wire::{Answer, DATA_MAX, MAJOR, MINOR, Request, feature, op, packet};
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use rustix::thread::{Gid, Uid, set_thread_res_gid, set_thread_res_uid};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// How long the guest may hold on to a name or to attributes, in seconds: so late it sees
 /// what others change.
@@ -38,7 +43,7 @@ pub(super) struct Bounds {
 #[derive(Debug)]
 pub(super) struct Server {
     nodes: Nodes,
-    handles: HashMap<u64, OwnedFd>,
+    handles: HashMap<u64, Arc<OwnedFd>>,
     next_handle: u64,
     bounds: Bounds,
     /// How a descriptor is named by a path: `/proc/self/fd/`, or nothing where that is the
@@ -69,6 +74,58 @@ impl Server {
             is_root: geteuid().is_root(),
             is_lost: false,
         })
+    }
+
+    /// What its guest knows now. All of it lies in the mounts of `namespace`.
+    pub(super) fn table(&self, namespace: &Arc<OwnedFd>) -> Table {
+        let handles = self.handles.iter();
+        Table {
+            namespace: Arc::clone(namespace),
+            known: self.nodes.known(),
+            handles: handles.map(|(n, fd)| (*n, Arc::clone(fd))).collect(),
+            next_handle: self.next_handle,
+        }
+    }
+
+    /// A server that goes on with what another one's guest knew.
+    ///
+    /// # Errors
+    /// A table that cannot be, or is larger than `bounds`.
+    pub(super) fn inherit(
+        table: Table,
+        descriptors: &'static str,
+        bounds: Bounds,
+    ) -> Result<Self, Errno> {
+        let mut this = Self {
+            nodes: Nodes::inherit(table.known, bounds.nodes)?,
+            handles: HashMap::new(),
+            next_handle: table.next_handle,
+            bounds,
+            descriptors,
+            is_root: geteuid().is_root(),
+            is_lost: false,
+        };
+        for (number, file) in table.handles {
+            this.has_room()?;
+            let file = this.apart(file)?;
+            if number >= this.next_handle || this.handles.insert(number, file).is_some() {
+                return Err(Errno::INVAL);
+            }
+        }
+        Ok(this)
+    }
+
+    /// An open file for this server alone, where it has a position that counts: that of a
+    /// directory. Of all else it is said in each request.
+    fn apart(&self, file: Arc<OwnedFd>) -> Result<Arc<OwnedFd>, Errno> {
+        match FileType::from_raw_mode(nodes::stat(file.as_fd())?.stx_mode.into()) {
+            FileType::Directory => {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                let again = openat(CWD, self.path(&file), flags, Mode::empty())?;
+                Ok(Arc::new(again))
+            }
+            _ => Ok(file),
+        }
     }
 
     /// Carries out one request. `Ok(None)` has no answer.
@@ -158,7 +215,7 @@ impl Server {
     }
 
     fn handle(&self, number: u64) -> Result<&OwnedFd, Errno> {
-        self.handles.get(&number).ok_or(Errno::BADF)
+        self.handles.get(&number).map(|fd| &**fd).ok_or(Errno::BADF)
     }
 
     fn has_room(&self) -> Result<(), Errno> {
@@ -172,7 +229,7 @@ impl Server {
         self.has_room()?;
         let number = self.next_handle;
         self.next_handle += 1;
-        self.handles.insert(number, file);
+        self.handles.insert(number, Arc::new(file));
         Ok(number)
     }
 

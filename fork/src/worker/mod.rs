@@ -15,6 +15,8 @@ mod spawner;
 pub use crate::jail::Limits;
 #[doc(hidden)]
 pub use crate::jail::{Thread, confine};
+#[doc(hidden)]
+pub use crate::volumes::Claim;
 pub(crate) use picture::write_record;
 #[doc(hidden)]
 pub use process::main_with;

@@ -19,7 +19,7 @@ use std::mem::MaybeUninit;
 const PACKET_MAX: usize = 16 << 10;
 
 /// The most descriptors that come with one packet.
-const DESCRIPTORS_MAX: usize = 4 + vmm::DISK_LAYERS_MAX;
+pub(crate) const DESCRIPTORS_MAX: usize = 4 + vmm::DISK_LAYERS_MAX;
 const _: () = assert!(DESCRIPTORS_MAX >= 2 + vmm::LAYERS_MAX);
 
 /// Two ends of a new connection.
@@ -39,6 +39,24 @@ pub(crate) fn send(
     message: &impl Serialize,
     descriptors: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
+    send_with(socket, message, descriptors, SendFlags::empty())
+}
+
+/// The same, or an error of the kind WouldBlock.
+pub(crate) fn try_send(
+    socket: impl AsFd,
+    message: &impl Serialize,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    send_with(socket, message, descriptors, SendFlags::DONTWAIT)
+}
+
+fn send_with(
+    socket: impl AsFd,
+    message: &impl Serialize,
+    descriptors: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> io::Result<()> {
     let bytes = postcard::to_stdvec(message).map_err(io::Error::other)?;
     if bytes.len() > PACKET_MAX {
         return Err(io::ErrorKind::FileTooLarge.into());
@@ -53,7 +71,7 @@ pub(crate) fn send(
             &socket,
             &[IoSlice::new(&bytes)],
             &mut control,
-            SendFlags::NOSIGNAL,
+            flags | SendFlags::NOSIGNAL,
         ) {
             Err(Errno::INTR) => {}
             done => return Ok(done.map(drop)?),

@@ -77,8 +77,9 @@ pub(crate) enum ToWorker {
         /// Whether it has to have one that takes an identity at any instruction.
         has_kernel: bool,
     },
-    /// Take the picture that was begun. With it: what is to lie over its disk.
-    FinishCapture,
+    /// Take the picture that was begun. With it: what is to lie over its disk, and the
+    /// claim to what it knows of its volumes.
+    FinishCapture { has_overlay: bool, has_claim: bool },
     /// Have one file in the place of overlays of its disk. With it: the file.
     ReplaceLayers {
         /// How many, above the lowest file.

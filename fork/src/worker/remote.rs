@@ -20,7 +20,7 @@ use std::mem::discriminant;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vmm::{CaptureCost, DiskFiles, Image, Moment, Run, Timeline, VmState};
+use vmm::{CaptureCost, CaptureFiles, DiskFiles, Image, Moment, Run, Timeline, VmState};
 
 /// The most news that are kept while an answer is waited for. A guest makes one of each
 /// kind at most; a worker that sends more is not ours any longer.
@@ -128,10 +128,16 @@ impl Remote {
     pub(crate) fn finish_capture(
         &mut self,
         layer: File,
-        top: Option<File>,
+        files: &CaptureFiles,
     ) -> Result<(Image, VmState, CaptureCost), Error> {
-        let top: Vec<BorrowedFd<'_>> = top.iter().map(AsFd::as_fd).collect();
-        self.ask(&ToWorker::FinishCapture, &top)?;
+        let CaptureFiles { overlay, claim } = files;
+        let message = ToWorker::FinishCapture {
+            has_overlay: overlay.is_some(),
+            has_claim: claim.is_some(),
+        };
+        let overlay = overlay.iter().map(AsFd::as_fd);
+        let with = overlay.chain(claim.iter().map(AsFd::as_fd));
+        self.ask(&message, &with.collect::<Vec<BorrowedFd<'_>>>())?;
         let (cost, with) = match self.answer()? {
             (FromWorker::Captured(cost), with) => (cost, with),
             (other, _) => return Err(odd(&other)),

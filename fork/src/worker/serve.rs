@@ -9,7 +9,10 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use vm_run_abi::identity;
-use vmm::{Birth, Capture, DiskFiles, Disks, EventSink, Host, Image, Prepared, Shell, Tap, Vm};
+use vmm::{
+    Birth, Capture, CaptureFiles, DiskFiles, Disks, EventSink, Host, Image, Prepared, Shell, Tap,
+    Vm,
+};
 
 /// Serves its owner until that is gone.
 pub(crate) fn run(host: Host, socket: OwnedFd) -> io::Result<()> {
@@ -164,9 +167,18 @@ impl Worker {
                 self.capture = Some(capture);
                 Ok((FromWorker::Copied, vec![layer.into(), record.into()]))
             }
-            ToWorker::FinishCapture => {
+            ToWorker::FinishCapture {
+                has_overlay,
+                has_claim,
+            } => {
                 let capture = self.capture.take().ok_or_else(out_of_turn)?;
-                let captured = self.vm()?.finish_capture(capture, with.next());
+                let overlay = has_overlay.then(|| with.next()).flatten();
+                let claim = has_claim.then(|| with.next()).flatten();
+                let files = CaptureFiles {
+                    overlay,
+                    claim: claim.map(OwnedFd::from),
+                };
+                let captured = self.vm()?.finish_capture(capture, files);
                 let captured = captured.map_err(|e| e.to_string())?;
                 let record = write_layer_record(Some(&captured.state), captured.pages);
                 let record = record.map_err(handing_over)?;

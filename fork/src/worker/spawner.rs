@@ -13,7 +13,7 @@ use super::packet;
 use super::process::{Entered, SPAWNER};
 use crate::error::Error;
 use crate::jail::{Confinement, Limits};
-use crate::volumes::{Volume, broker};
+use crate::volumes::{Claim, Volume, broker};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -225,12 +225,29 @@ impl Workers {
     /// Workers without a jail, too many volumes, or what kept the broker from its jail.
     #[doc(hidden)]
     pub fn serve(&self, volumes: &[Volume]) -> Result<(OwnedFd, Pid), Error> {
+        let (socket, pid) = self.start_broker()?;
+        broker::set_up(&socket, volumes)?;
+        Ok((socket, pid))
+    }
+
+    /// The same for a child that goes on with the volumes of its source.
+    ///
+    /// # Errors
+    /// Workers without a jail, a source whose broker has ended, or what kept the broker
+    /// from its jail.
+    #[doc(hidden)]
+    pub fn serve_heir(&self, claim: &Claim) -> Result<(OwnedFd, Pid), Error> {
+        let (socket, pid) = self.start_broker()?;
+        broker::set_up_heir(&socket, claim)?;
+        Ok((socket, pid))
+    }
+
+    fn start_broker(&self) -> Result<(OwnedFd, Pid), Error> {
         let (pid, socket) = match self.ask(&Request::Broker)? {
             (Reply::Spawned { pid }, Some(socket)) => (pid, socket),
             (other, _) => return Err(unexpected(other)),
         };
         let pid = Pid::from_raw(pid).ok_or_else(|| unexpected(Reply::Spawned { pid }))?;
-        broker::set_up(&socket, volumes)?;
         Ok((socket, pid))
     }
 

@@ -205,6 +205,9 @@ impl Life {
         if !template.is_live() || !template.warm().is_some_and(is_of_it) {
             bail!("template {name} was not made of such a container that ran: see freeze --as");
         }
+        if !self.spec.mounts.is_empty() {
+            bail!("this container has volumes, and template {name} knows of none");
+        }
         Ok(template)
     }
 

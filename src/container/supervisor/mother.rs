@@ -215,7 +215,11 @@ impl Mother {
             hostname: self.spec.hostname.clone(),
             disks,
             domain: self.spec.domain.clone(),
-            volumes: self.volumes()?,
+            // Of a container that ran they come with its picture.
+            volumes: match pool.template().is_live() {
+                true => Vec::new(),
+                false => self.volumes()?,
+            },
             network: self.tap()?,
             connections: match self.spec.keep_connections {
                 true => Connections::Keep,

@@ -197,7 +197,7 @@ fn is_its_source(vcpus: u8) {
             shell
         });
         let captured = source
-            .finish_watched(capture, None, watch)
+            .finish_watched(capture, CaptureFiles::default(), watch)
             .expect("captured");
         rounds += captured.cost.rounds;
         stopped += captured.cost.copied_stopped;

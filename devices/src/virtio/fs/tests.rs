@@ -207,6 +207,35 @@ fn a_dead_or_silent_server_is_an_error_to_the_guest() {
 }
 
 #[test]
+fn a_claim_is_the_monitors_alone() {
+    let (mut guest, server) = served(|asked| Some(answer(unique_of(asked), 0, &[])));
+    let used = guest.request(
+        1,
+        &[
+            Buffer::Out(request(OP_CLAIM, 0, &[])),
+            Buffer::In(OUT_HEADER),
+        ],
+    );
+    assert_eq!(read(&used, 0), (-38, vec![]));
+    let (_kept, claim) = pair();
+    guest.device().device_mut().claim(claim).unwrap();
+    assert_eq!(lookup(&mut guest, 1), (0, vec![]));
+    drop(guest);
+    let asked = server.join().unwrap();
+    assert_eq!(asked[0], request(OP_CLAIM, 0, &[]));
+    assert_eq!(asked.len(), 2);
+
+    // One that does not keep it may answer later, when something else was asked.
+    let (guest, server) = served(|asked| Some(answer(unique_of(asked), -23, &[])));
+    let (_kept, claim) = pair();
+    assert!(guest.device().device_mut().claim(claim).is_err());
+    assert!(!guest.device().device().has_server());
+    let (_kept, claim) = pair();
+    assert!(guest.device().device_mut().claim(claim).is_err());
+    assert_eq!(server.join().unwrap().len(), 1);
+}
+
+#[test]
 fn only_one_server_and_only_packets() {
     let (one, two) = pair();
     let mut device = Fs::default();

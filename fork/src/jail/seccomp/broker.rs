@@ -55,13 +55,16 @@ fn runtime(pid: u32) -> Vec<Call> {
     ]
 }
 
-/// Requests and answers, on the one socket that it has.
+/// Requests and answers, on the socket of its guest, and on those of forks.
 fn conversation() -> Vec<Call> {
     vec![
-        always(MAIN, libc::SYS_recvfrom),
+        // The socket of a claim comes with a packet.
+        always(MAIN, libc::SYS_recvmsg),
         always(MAIN, libc::SYS_sendto),
-        // The packet that it is in its jail.
+        // The packet that it is in its jail, and what the brokers of forks are handed.
         always(MAIN, libc::SYS_sendmsg),
+        always(MAIN, libc::SYS_poll),
+        always(MAIN, libc::SYS_ppoll),
         // Last words to stderr.
         always(MAIN, libc::SYS_write),
     ]

@@ -28,7 +28,7 @@ impl Server {
     pub(super) fn list(&mut self, request: &mut Request<'_>, plus: bool) -> Outcome {
         let (handle, offset, size) = (request.u64()?, request.u64()?, request.u32()?);
         let room = size.min(DATA_MAX) as usize;
-        let directory = self.handles.get(&handle).ok_or(Errno::BADF)?;
+        let directory = &**self.handles.get(&handle).ok_or(Errno::BADF)?;
         seek(directory, SeekFrom::Start(offset))?;
         // Where nothing is mounted on them, its entries are of its own file system.
         let own = stat(directory)?;

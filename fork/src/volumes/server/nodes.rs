@@ -6,7 +6,9 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, Mode, OFlags, Statx, StatxFlags, openat, statx};
 use rustix::io::Errno;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::CStr;
+use std::sync::Arc;
 
 /// The directory of all volumes (FUSE_ROOT_ID).
 pub(super) const ROOT: u64 = 1;
@@ -22,10 +24,26 @@ struct Key {
 
 #[derive(Debug)]
 struct Node {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     key: Key,
     /// What the guest has to forget before the node goes.
     told: u64,
+}
+
+/// What a server knows at one instant.
+#[derive(Debug)]
+pub(in crate::volumes) struct Known {
+    pub(in crate::volumes) files: Vec<KnownFile>,
+    /// The number of the next.
+    pub(in crate::volumes) next: u64,
+    pub(in crate::volumes) devices: Vec<(u32, u32)>,
+}
+
+#[derive(Debug)]
+pub(in crate::volumes) struct KnownFile {
+    pub(in crate::volumes) number: u64,
+    pub(in crate::volumes) told: u64,
+    pub(in crate::volumes) fd: Arc<OwnedFd>,
 }
 
 #[derive(Debug)]
@@ -56,7 +74,7 @@ impl Nodes {
     pub(super) fn new(root: OwnedFd, most: usize) -> Result<Self, Errno> {
         let key = key(&stat(&root)?);
         let node = Node {
-            fd: root,
+            fd: Arc::new(root),
             key,
             told: 1,
         };
@@ -71,7 +89,7 @@ impl Nodes {
 
     pub(super) fn get(&self, number: u64) -> Result<&OwnedFd, Errno> {
         // As an NFS server says it of a handle that it does not know.
-        self.all.get(&number).map(|n| &n.fd).ok_or(Errno::STALE)
+        self.all.get(&number).map(|n| &*n.fd).ok_or(Errno::STALE)
     }
 
     /// Looks for a name in a directory, and tells the guest of what is there: `struct
@@ -105,6 +123,7 @@ impl Nodes {
                 let number = self.next;
                 self.next += 1;
                 self.by_key.insert(key, number);
+                let fd = Arc::new(fd);
                 self.all.insert(number, Node { fd, key, told: 1 });
                 number
             }
@@ -152,6 +171,48 @@ impl Nodes {
     pub(super) fn clear(&mut self) {
         self.all.retain(|number, _| *number == ROOT);
         self.by_key.retain(|_, number| *number == ROOT);
+    }
+
+    /// All of them, for the server of a fork.
+    pub(super) fn known(&self) -> Known {
+        let file = |(number, node): (&u64, &Node)| KnownFile {
+            number: *number,
+            told: node.told,
+            fd: Arc::clone(&node.fd),
+        };
+        Known {
+            files: self.all.iter().map(file).collect(),
+            next: self.next,
+            devices: self.devices.clone(),
+        }
+    }
+
+    /// What another server has known: its root among them.
+    ///
+    /// # Errors
+    /// Numbers that cannot be, or more than `most`.
+    pub(super) fn inherit(known: Known, most: usize) -> Result<Self, Errno> {
+        let mut this = Self {
+            all: HashMap::new(),
+            by_key: HashMap::new(),
+            next: known.next,
+            most,
+            devices: known.devices,
+        };
+        for KnownFile { number, told, fd } in known.files {
+            if !(ROOT..this.next).contains(&number) {
+                return Err(Errno::INVAL);
+            }
+            this.has_room()?;
+            let key = key(&stat(&fd)?);
+            let Entry::Vacant(place) = this.all.entry(number) else {
+                return Err(Errno::EXIST);
+            };
+            place.insert(Node { fd, key, told });
+            this.by_key.insert(key, number);
+        }
+        this.get(ROOT)?;
+        Ok(this)
     }
 
     #[cfg(test)]
