@@ -9,6 +9,9 @@ use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
+/// How long a step that needs Linux guests may take, in minutes.
+const LONG: u64 = 600;
+
 /// `cargo xtask soak`
 #[derive(clap::Args)]
 pub struct Args {
@@ -52,7 +55,7 @@ pub fn run(args: &Args) -> Result<()> {
         .env("VM_RUN_TEST_CAPTURES", "100000"),
     )?;
     step("programs that people run");
-    test::guest_tests(vmhost::HostKernel::default(), test::WORKLOADS)?;
+    test::guest_tests(vmhost::HostKernel::default(), test::WORKLOADS, LONG)?;
     step("kills at a hundred moments");
     guest_tests("kills::", test::KILLS, "100")?;
     step("two hundred children of a bare and of a warm template");
@@ -64,9 +67,9 @@ pub fn run(args: &Args) -> Result<()> {
     step("a tree of forks, three hundred steps");
     guest_tests("live_tree::", test::FORKS, "300")?;
     step("what root images cost");
-    test::guest_tests(vmhost::HostKernel::default(), test::ROOTS)?;
+    test::guest_tests(vmhost::HostKernel::default(), test::ROOTS, LONG)?;
     step("the guest tests on the oldest host kernel that is supported");
-    test::guest_tests(vmhost::HostKernel::Linux61, "")?;
+    test::guest_tests(vmhost::HostKernel::Linux61, "", LONG)?;
     step("a user's own kernel: Debian's configuration and the options of docs/kernel.md");
     users_own_kernel()?;
     if args.fuzz > 0 {
@@ -81,6 +84,7 @@ fn guest_tests(filter: &str, variable: &str, count: &str) -> Result<()> {
     host::run(
         Command::new(program)
             .args(["test", "--guest", filter])
+            .arg(format!("--timeout={LONG}"))
             .env(variable, count),
     )
 }

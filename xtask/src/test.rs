@@ -9,9 +9,6 @@ use anyhow::Result;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How long the guest tests may take. On hardware they take a minute.
-const GUEST_TESTS_TIMEOUT: Duration = Duration::from_secs(40 * 60);
-
 /// Tests of programs that people run. Their images are large, so only a filter that
 /// begins so runs them, and `cargo xtask soak`.
 pub const WORKLOADS: &str = "workloads::";
@@ -27,6 +24,9 @@ pub struct Args {
     /// The emulated host's kernel
     #[arg(long, value_enum, default_value_t)]
     host_kernel: vmhost::HostKernel,
+    /// How long those that need a guest may take. On hardware they take a minute
+    #[arg(long, value_name = "MINUTES", default_value_t = 40)]
+    timeout: u64,
 }
 
 /// Runs them.
@@ -55,7 +55,8 @@ pub fn run(args: &Args) -> Result<()> {
         host::run(cargo(&["test", "--locked", "--workspace"]).current_dir(dir))?;
     }
     step("containers in Linux guests");
-    guest_tests(args.host_kernel, args.guest.as_deref().unwrap_or_default())
+    let filter = args.guest.as_deref().unwrap_or_default();
+    guest_tests(args.host_kernel, filter, args.timeout)
 }
 
 fn step(name: &str) {
@@ -74,8 +75,9 @@ pub const FORKS: &str = "VM_RUN_TEST_FORKS";
 /// How many containers are on one network at once; a few if nothing is said.
 pub const NETWORKED: &str = "VM_RUN_TEST_NETWORKED";
 
-/// Runs the tests of Linux guests that match `filter`.
-pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> {
+/// Runs the tests of Linux guests that match `filter`, for no longer than `timeout`, in
+/// minutes.
+pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str, timeout: u64) -> Result<()> {
     let guest = guest::ensure()?;
     let prefix = tempfile::tempdir()?;
     install::into(prefix.path())?;
@@ -119,7 +121,7 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str) -> Result<()> 
     apart.retain(|apart| !filter.starts_with(apart));
     let options = Options {
         host_kernel,
-        timeout: Some(GUEST_TESTS_TIMEOUT),
+        timeout: Some(Duration::from_secs(timeout * 60)),
         ..Options::default()
     };
     shards::run(&test, &env, &shards::list(&test, filter, &apart)?, &options)
