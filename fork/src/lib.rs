@@ -99,8 +99,8 @@ pub use vm_run_abi::protocol::{
 pub use vm_run_abi::{network as addresses, task};
 pub use vmm::payload::micro;
 pub use vmm::{
-    CaptureCost, Cpu, DISK_LAYERS_MAX, DiskFiles, Error as VmError, Host, HostError, Isolation,
-    Moment, Rate, RateLimit, RateLimits, Timeline, VMS_PER_PROCESS, VmCounts, format_overlay,
-    merge_overlays,
+    CaptureCost, Cpu, DISK_LAYERS_MAX, DiskFiles, Error as VmError, Host, HostError, Image,
+    Isolation, Merged, Moment, Rate, RateLimit, RateLimits, Timeline, VMS_PER_PROCESS, VmCounts,
+    format_overlay, merge_overlays,
 };
 pub use volumes::{VOLUMES_MAX, Volume};

@@ -147,6 +147,8 @@ impl AsFd for Mailbox {
 #[derive(Debug)]
 pub(crate) struct Local {
     pub(crate) vm: Vm,
+    /// What its memory was when it was last captured, or forked.
+    pub(crate) image: Image,
     pub(crate) mailbox: Arc<Mailbox>,
 }
 
@@ -162,16 +164,15 @@ pub(crate) enum Machine {
 /// A picture that is being taken, and where.
 #[derive(Debug)]
 pub(crate) enum Capturing {
-    Here(Capture),
-    Worker { image: Image, layer: File },
+    Here { so_far: Image, capture: Capture },
+    Worker { so_far: Image, layer: File },
 }
 
 impl Capturing {
     /// See [`Capture::so_far`].
-    pub(crate) fn so_far(&self) -> Image {
+    pub(crate) fn so_far(&self) -> &Image {
         match self {
-            Self::Here(capture) => capture.so_far(),
-            Self::Worker { image, .. } => image.clone(),
+            Self::Here { so_far, .. } | Self::Worker { so_far, .. } => so_far,
         }
     }
 }
@@ -282,8 +283,16 @@ impl Machine {
     /// What its memory was when it was last captured, or forked.
     pub(crate) fn image(&self) -> Result<Image, Error> {
         match self {
-            Self::Here(local) => Ok(local.vm.image()?),
+            Self::Here(local) => Ok(local.image.clone()),
             Self::Worker(remote) => remote.image().cloned(),
+        }
+    }
+
+    /// The same memory in other files, for those that are forked from now on.
+    pub(crate) fn set_image(&mut self, image: Image) {
+        match self {
+            Self::Here(local) => local.image = image,
+            Self::Worker(remote) => remote.set_image(image),
         }
     }
 
@@ -294,11 +303,13 @@ impl Machine {
                 if has_kernel {
                     local.vm.check_kernel()?;
                 }
-                Ok(Capturing::Here(local.vm.begin_capture()?))
+                let capture = local.vm.begin_capture()?;
+                let so_far = capture.so_far(&local.image);
+                Ok(Capturing::Here { so_far, capture })
             }
             Self::Worker(remote) => {
-                let (image, layer) = remote.begin_capture(has_kernel)?;
-                Ok(Capturing::Worker { image, layer })
+                let (so_far, layer) = remote.begin_capture(has_kernel)?;
+                Ok(Capturing::Worker { so_far, layer })
             }
         }
     }
@@ -310,9 +321,10 @@ impl Machine {
         files: CaptureFiles,
     ) -> Result<(Image, VmState, CaptureCost), Error> {
         match (self, capturing) {
-            (Self::Here(local), Capturing::Here(capture)) => {
+            (Self::Here(local), Capturing::Here { capture, .. }) => {
                 let captured = local.vm.finish_capture(capture, files)?;
-                Ok((captured.image, captured.state, captured.cost))
+                local.image = captured.image(&local.image);
+                Ok((local.image.clone(), captured.state, captured.cost))
             }
             (Self::Worker(remote), Capturing::Worker { layer, .. }) => {
                 remote.finish_capture(layer, &files)

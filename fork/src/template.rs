@@ -412,7 +412,11 @@ impl Template {
 
     fn child_here(&self, vm: Vm, unborn: Unborn, path: ForkPath) -> Child {
         let mailbox = unborn.mailbox;
-        let machine = Machine::Here(Box::new(Local { vm, mailbox }));
+        let machine = Machine::Here(Box::new(Local {
+            vm,
+            image: self.image.clone(),
+            mailbox,
+        }));
         self.child(machine, unborn.born, path)
     }
 

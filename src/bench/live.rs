@@ -55,6 +55,9 @@ pub struct LiveBench {
     /// Then forks of a fork of a fork, so deep
     #[arg(long, value_name = "LEVELS", default_value_t = 0)]
     pub depth: u32,
+    /// On each of these levels other pages than on those before
+    #[arg(long, requires = "depth")]
+    pub fresh: bool,
     /// Measure guests of many sizes, and draw what they take into this file (SVG)
     #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "dirty", "depth"])]
     pub plot: Option<PathBuf>,
@@ -162,6 +165,10 @@ fn template(bench: &LiveBench, host: &Arc<Host>) -> Result<Template> {
     let (runs, room) = (bench.dirty / bench.run, bench.memory.saturating_sub(first));
     // The guest maps its first gibibytes only, up to the devices.
     let room = room.min((3 << 30) - first);
+    let shift = if bench.fresh { bench.run } else { 0 };
+    // So often it writes its runs.
+    let times = u64::from(bench.n.max(bench.depth)) + 2;
+    let room = room.saturating_sub(shift * times);
     ensure!(
         runs > 0 && bench.dirty <= room,
         "--dirty: no more than there is"
@@ -178,6 +185,7 @@ fn template(bench: &LiveBench, host: &Arc<Host>) -> Result<Template> {
         ticks,
         area: 8 * MIB,
         area_pages: AREA / PAGE,
+        shift,
         writes: bench.pace * phase.as_millis() as u64 / 1000 / PAGE,
     };
     let spec = BootSpec {
@@ -254,6 +262,10 @@ fn deep(bench: &LiveBench, template: &Arc<Template>, place: &Place) -> Result<Va
         writes(&mut source)?;
         let LiveFork { children, cost } = source.fork(place, specs(1), None)?;
         let (mut child, entered) = running(children)?.pop().context("no child")?;
+        // As what runs containers does in the background.
+        if let Some(merged) = child.memory()?.merge()? {
+            child.use_merged(&merged)?;
+        }
         levels.push(json!({
             "first_instruction_us": micros(entered.since(cost.resumed)),
             "pause_us": micros(cost.resumed.since(cost.stopping)),

@@ -19,13 +19,23 @@ const LOAD: LiveLoad = LiveLoad {
     area: 8 * MIB,
     area_pages: 256,
     writes: 1 << 40,
+    shift: 0,
 };
 
-fn template() -> Template {
+/// The same, and after a while two more mebibytes, and an answer: new pages for each of a
+/// line of forks.
+const SPREADS: LiveLoad = LiveLoad {
+    ticks: 20_000,
+    writes: 20_000,
+    shift: 64 << 10,
+    ..LOAD
+};
+
+fn template(load: &LiveLoad) -> Template {
     let host = Arc::new(Host::open().expect("these tests need /dev/kvm"));
     let spec = BootSpec {
         memory: 64 * MIB,
-        program: live_bench(&LOAD),
+        program: live_bench(load),
         ..BootSpec::default()
     };
     Template::boot(host, &spec).expect("boots")
@@ -82,18 +92,51 @@ fn is_forked_again_and_again(place: &Place, mut source: Child) {
 
 #[test]
 fn a_running_child_is_forked_in_this_process() {
-    let source = template().fork(child("source")).expect("forks");
+    let source = template(&LOAD).fork(child("source")).expect("forks");
     is_forked_again_and_again(&Place::ThisProcess, source);
 }
 
 #[test]
 fn a_running_child_is_forked_from_worker_to_worker() {
     let place = workers(Jail::On(Limits::default()));
-    let pool = fork::Pool::new(Arc::new(template()), place.clone(), 0).expect("a pool");
+    let pool = fork::Pool::new(Arc::new(template(&LOAD)), place.clone(), 0).expect("a pool");
     let source = pool.fork(child("source")).expect("forks");
     is_forked_again_and_again(&place, source);
     let Place::Workers(workers) = place else {
         return;
     };
     assert_eq!(workers.counts().expect("counts").violations, 0);
+}
+
+/// Deeper than an image has layers, with pages of its own at each level. Gives the most
+/// layers that one had.
+fn is_forked_to_any_depth(place: &Place, mut source: Child, merges: bool) -> usize {
+    let mut most = 0;
+    for _ in 0..18 {
+        begins(&mut source);
+        let mut next = forks(&mut source, place, 1);
+        answer(&mut next);
+        source = next.pop().expect("one");
+        source.unpause().expect("goes on");
+        let memory = source.memory().expect("an image");
+        most = most.max(memory.layers().len());
+        if merges && let Some(merged) = memory.merge().expect("merged") {
+            source.use_merged(&merged).expect("there");
+        }
+    }
+    most
+}
+
+#[test]
+fn a_line_of_forks_is_as_deep_as_one_likes() {
+    let template = Arc::new(template(&SPREADS));
+    let place = workers(Jail::On(Limits::default()));
+    let pool = fork::Pool::new(Arc::clone(&template), place.clone(), 0).expect("a pool");
+    let source = pool.fork(child("source")).expect("forks");
+    assert_eq!(
+        is_forked_to_any_depth(&place, source, false),
+        vmm::LAYERS_MAX
+    );
+    let source = template.fork(child("source")).expect("forks");
+    assert!(is_forked_to_any_depth(&Place::ThisProcess, source, true) <= 5);
 }

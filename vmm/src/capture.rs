@@ -42,8 +42,6 @@ const NOT_FORKED: &str = "booted and not forked: freeze it first";
 /// What is known of a VM's memory since it was last captured.
 #[derive(Debug)]
 pub(crate) struct Trail {
-    /// What it was then; before the first time, what it was forked from.
-    image: Image,
     /// What it has written since, as far as the logs were read.
     written: PageSet,
     /// How often it was captured.
@@ -53,7 +51,6 @@ pub(crate) struct Trail {
 /// A picture that is being taken.
 #[derive(Debug)]
 pub struct Capture {
-    before: Image,
     captures: u64,
     layer: Layer,
     cost: CaptureCost,
@@ -75,10 +72,9 @@ pub struct CaptureFiles {
 /// A picture of a VM at one instant.
 #[derive(Debug)]
 pub struct Captured {
-    /// Its memory: what it was forked from, and over it what it has written.
-    pub image: Image,
-    /// The pages of the layer that is new in it: that of [`Capture::layer`].
-    pub pages: Vec<Run>,
+    /// What it has written of its memory since it was last captured or, before that,
+    /// forked.
+    layer: Layer,
     /// All the rest of it.
     pub state: VmState,
     /// What it took.
@@ -109,19 +105,6 @@ pub struct CaptureCost {
 }
 
 impl Vm {
-    /// What the memory of a VM was when it was last captured, or, before that, what it was
-    /// forked from.
-    ///
-    /// # Errors
-    /// A VM that was booted and not forked.
-    pub fn image(&self) -> Result<Image, Error> {
-        if let Some(trail) = &*lock(&self.trail) {
-            return Ok(trail.image.clone());
-        }
-        let image = self.parts()?.kvm.ram.image().cloned();
-        image.ok_or(Error::Phase(NOT_FORKED))
-    }
-
     /// Begins a picture of a VM that runs: copies what it has written, once.
     ///
     /// # Errors
@@ -136,7 +119,6 @@ impl Vm {
         };
         let bytes = parts.kvm.ram.bytes();
         let mut capture = Capture {
-            before: trail.image.clone(),
             captures: trail.captures,
             layer: Layer {
                 file: Arc::new(memory_file(bytes)?),
@@ -209,41 +191,28 @@ impl Vm {
         capture.cost.resumed = Moment::now();
         let state = stopped?;
         let Capture {
-            before,
-            layer: Layer { file, mut pages },
-            mut cost,
-            ..
+            layer, mut cost, ..
         } = capture;
-        cost.pages = pages.count();
-        before.fold(&file, &mut pages)?;
-        seal_unmapped(&file)?;
-        let runs = pages.runs().collect();
-        let image = before.under(Layer { file, pages });
+        cost.pages = layer.pages.count();
+        seal_unmapped(&layer.file)?;
         *trail = Trail {
-            image: image.clone(),
             written: PageSet::none_of(ram.bytes()),
             captures: trail.captures + 1,
         };
-        Ok(Captured {
-            image,
-            pages: runs,
-            state,
-            cost,
-        })
+        Ok(Captured { layer, state, cost })
     }
 }
 
 /// Begins to log what a VM writes, and finds what it has written so far.
 fn begin(parts: &Parts, pagemap: &File) -> Result<Trail, Error> {
     let ram = &parts.kvm.ram;
-    let Some(image) = ram.image().cloned() else {
+    if ram.image().is_none() {
         return Err(Error::Phase(NOT_FORKED));
-    };
+    }
     // The log first: what is written while we look is in it.
     parts.kvm.log_writes()?;
     let written = ram.own_pages(pagemap)?;
     Ok(Trail {
-        image,
         written,
         captures: 0,
     })
@@ -281,11 +250,12 @@ impl Trail {
 }
 
 impl Capture {
-    /// What there is of it: the picture before, and over it what was copied, of which the
-    /// source may have written some again. For children that are to have its pages mapped
-    /// when it is done, and that touch none of them before.
-    pub fn so_far(&self) -> Image {
-        self.before.under(self.layer.clone())
+    /// What there is of it: over what its source was when it was last captured (or, before
+    /// that, forked) what was copied, of which the source may have written some again. For
+    /// children that are to have its pages mapped when it is done, and that touch none of
+    /// them before.
+    pub fn so_far(&self, before: &Image) -> Image {
+        before.under(self.layer.clone())
     }
 
     /// The layer alone: a file that is not sealed yet, and the pages in it.
@@ -297,6 +267,19 @@ impl Capture {
         ram.copy_pages(pages, &self.layer.file)?;
         self.layer.pages.add(pages);
         Ok(())
+    }
+}
+
+impl Captured {
+    /// Its memory, of a source that was `before` when it was last captured (or, before
+    /// that, forked).
+    pub fn image(&self, before: &Image) -> Image {
+        before.under(self.layer.clone())
+    }
+
+    /// The pages in the new layer, which is that of [`Capture::layer`].
+    pub fn pages(&self) -> Vec<Run> {
+        self.layer.pages.runs().collect()
     }
 }
 

@@ -17,7 +17,7 @@ use crate::volumes::Claim;
 use crate::worker::{Remote, Workers, write_record};
 use std::fs::File;
 use std::sync::Arc;
-use vmm::{CaptureCost, CaptureFiles, Image, Shell};
+use vmm::{CaptureCost, CaptureFiles, Image, Merged, Shell};
 
 /// What has become of a fork of a child that runs.
 #[derive(Debug)]
@@ -61,10 +61,10 @@ impl Child {
         let (info, files) = self.pictured(&self.container.image, top)?;
         let requests = specs.into_iter().map(|spec| info.check(spec));
         let requests = requests.collect::<Result<Vec<_>, _>>()?;
-        let image = self.machine.image()?;
+        let image = self.make_room()?;
         let mut waiting = make(place, &info.host, &image, self.vcpus, requests.len())?;
         let capturing = self.machine.begin_capture(info.live.is_some())?;
-        lay(&mut waiting, &capturing.so_far())?;
+        lay(&mut waiting, capturing.so_far())?;
         let (template, cost) = self.finish(capturing, info, files)?;
         let children = start(place, &template, waiting, requests);
         Ok(LiveFork { children, cost })
@@ -85,8 +85,36 @@ impl Child {
         top: Option<File>,
     ) -> Result<(Template, CaptureCost), Error> {
         let (info, files) = self.pictured(image, top)?;
+        self.make_room()?;
         let capturing = self.machine.begin_capture(info.live.is_some())?;
         self.finish(capturing, info, files)
+    }
+
+    /// What its memory was when it was last forked or captured: for [`Image::merge`], in any
+    /// thread, which makes its next forks cheaper where there were many. Where nobody does
+    /// it a fork has to do it first, now and then.
+    ///
+    /// # Errors
+    /// A child that is not there any more.
+    pub fn memory(&self) -> Result<Image, Error> {
+        self.machine.image()
+    }
+
+    /// Uses what was made of it.
+    ///
+    /// # Errors
+    /// As [`Self::memory`].
+    pub fn use_merged(&mut self, merged: &Merged) -> Result<(), Error> {
+        let image = self.machine.image()?.with_merged(merged);
+        self.machine.set_image(image);
+        Ok(())
+    }
+
+    /// Its memory, with room for one more layer.
+    fn make_room(&mut self) -> Result<Image, Error> {
+        let image = self.machine.image()?.with_room()?;
+        self.machine.set_image(image.clone());
+        Ok(image)
     }
 
     fn finish(

@@ -97,6 +97,11 @@ impl Remote {
         self.image.as_ref().ok_or(Error::State("has no memory yet"))
     }
 
+    /// The same memory in other files.
+    pub(crate) fn set_image(&mut self, image: Image) {
+        self.image = Some(image);
+    }
+
     /// Asks it to map the layers of an image that is not whole yet.
     pub(crate) fn lay(&self, image: &Image, record: &File) -> Result<(), Error> {
         let memory = image.bytes();

@@ -180,7 +180,7 @@ impl Worker {
                 };
                 let captured = self.vm()?.finish_capture(capture, files);
                 let captured = captured.map_err(|e| e.to_string())?;
-                let record = write_layer_record(Some(&captured.state), captured.pages);
+                let record = write_layer_record(Some(&captured.state), captured.pages());
                 let record = record.map_err(handing_over)?;
                 Ok((FromWorker::Captured(captured.cost), vec![record.into()]))
             }

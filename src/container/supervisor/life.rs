@@ -11,7 +11,7 @@ use crate::templates;
 use anyhow::{Context, Result, anyhow, bail};
 use fork::task::Task;
 use fork::{
-    CONTAINER, Child, Host, Parcel, Process, ProcessId, ProcessSpec, Stream, Template, Warm,
+    CONTAINER, Child, Host, Merged, Parcel, Process, ProcessId, ProcessSpec, Stream, Template, Warm,
 };
 use rustix::fd::AsFd;
 use std::collections::HashMap;
@@ -35,6 +35,8 @@ pub enum Order {
     Capture(SyncSender<Result<Parcel>>),
     /// So many layers of its disk have become one.
     Merged(usize, Result<File>),
+    /// Some layers of its memory were made one, if there were many.
+    MergedMemory(std::result::Result<Option<Merged>, fork::VmError>),
     /// To the template of this name.
     Rewind(String, SyncSender<Result<()>>),
     /// All that its first process has written has gone to whoever watches.
@@ -215,14 +217,10 @@ impl Life {
     /// reads slowly is to miss nothing. Who ends the container waits for nobody.
     fn hear_out(&mut self) -> Result<()> {
         let (main, way) = (Arc::clone(&self.main), self.way.clone());
-        std::thread::Builder::new()
-            .name("drain".into())
-            .stack_size(128 << 10)
-            .spawn(move || {
-                main.drain(Some(DRAIN));
-                way.send(Order::HeardOut);
-            })
-            .context("cannot start a thread")?;
+        spawn("drain", move || {
+            main.drain(Some(DRAIN));
+            way.send(Order::HeardOut);
+        })?;
         // It ends with an order, for we have a way to ourselves.
         while let Ok(order) = self.orders.recv() {
             match order {
@@ -255,6 +253,11 @@ impl Life {
             }
             Order::Capture(reply) => {
                 reply.send(self.capture()).ok();
+            }
+            Order::MergedMemory(merged) => {
+                if let Err(error) = self.merged_memory(merged) {
+                    log::error!("the layers of its memory stay as they are: {error:#}");
+                }
             }
             Order::Merged(count, merged) => {
                 if let Err(error) = self.merged(count, merged) {
@@ -342,9 +345,15 @@ impl Life {
         Ok(())
     }
 
-    /// In the background, if there are many: makes one of the layers that are not written
-    /// any more.
+    /// In the background, if there are many: makes one of the layers of its memory and of
+    /// its disk that are not written any more.
     fn begin_merging(&mut self) -> Result<()> {
+        let (memory, way) = (self.child.memory()?, self.way.clone());
+        if memory.has_many_layers() {
+            spawn("merge-memory", move || {
+                way.send(Order::MergedMemory(memory.merge()));
+            })?;
+        }
         let layers = self.child.layers();
         if self.is_merging || layers.len() < MERGE_AT {
             return Ok(());
@@ -356,14 +365,10 @@ impl Life {
             .collect::<std::io::Result<Vec<_>>>()
             .context("dup")?;
         let (disk, way) = (self.disk.clone(), self.way.clone());
-        std::thread::Builder::new()
-            .name("merge".into())
-            .stack_size(128 << 10)
-            .spawn(move || {
-                let merged = disk.merge(&between, size);
-                way.send(Order::Merged(between.len(), merged));
-            })
-            .context("cannot start a thread")?;
+        spawn("merge-disk", move || {
+            let merged = disk.merge(&between, size);
+            way.send(Order::Merged(between.len(), merged));
+        })?;
         self.is_merging = true;
         Ok(())
     }
@@ -372,6 +377,16 @@ impl Life {
         self.is_merging = false;
         self.child.replace_layers(count, merged?)?;
         self.disk.put_merged(count)
+    }
+
+    fn merged_memory(
+        &mut self,
+        merged: std::result::Result<Option<Merged>, fork::VmError>,
+    ) -> Result<()> {
+        if let Some(merged) = merged? {
+            self.child.use_merged(&merged)?;
+        }
+        Ok(())
     }
 
     fn capture(&mut self) -> Result<Parcel> {
@@ -414,6 +429,15 @@ impl Life {
         self.child.end();
         Ok(main)
     }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .stack_size(128 << 10)
+        .spawn(body)
+        .context("cannot start a thread")
+        .map(drop)
 }
 
 /// There will be no more output for now.

@@ -156,9 +156,9 @@ fn await_writes(ram: &Ram, vcpus: u8) {
 }
 
 /// What a child would restore is what was saved.
-fn assert_restored(shell: Shell, captured: &Captured) {
+fn assert_restored(shell: Shell, captured: &Captured, image: &Image) {
     let state = Arc::new(captured.state.clone());
-    let prepared = shell.load(&captured.image, &state).expect("loaded");
+    let prepared = shell.load(image, &state).expect("loaded");
     let (restored, saved) = (prepared.first_state(), &state.vcpus[0]);
     assert_eq!(restored.regs, saved.regs);
     assert_eq!(restored.sregs, saved.sregs);
@@ -179,7 +179,7 @@ fn forks() -> u32 {
 /// made while the source was stopped; and what a child maps.
 fn is_its_source(vcpus: u8) {
     let host = Arc::new(Host::open().expect("KVM"));
-    let (image, state) = parent(&host, vcpus);
+    let (mut image, state) = parent(&host, vcpus);
     let (source, events) = child(&host, &image, &state);
     let ram = &source.parts().expect("it runs").kvm.ram;
     let (mut rounds, mut stopped) = (0, 0);
@@ -189,7 +189,7 @@ fn is_its_source(vcpus: u8) {
         let watch = |ram: &Ram| oracle = copy_all(ram, &host.pagemap);
         let capture = source.begin_capture().expect("begun");
         // A child maps what there is while the source still writes it.
-        let so_far = capture.so_far();
+        let so_far = capture.so_far(&image);
         let mut child = Ram::private(&so_far).expect("mapped");
         let shell = (fork % 32 == 0).then(|| {
             let mut shell = Shell::new(&host, &so_far, vcpus).expect("made");
@@ -199,9 +199,10 @@ fn is_its_source(vcpus: u8) {
         let captured = source
             .finish_watched(capture, CaptureFiles::default(), watch)
             .expect("captured");
+        image = captured.image(&image).with_room().expect("merged");
         rounds += captured.cost.rounds;
         stopped += captured.cost.copied_stopped;
-        child.lay_over(&captured.image).expect("mapped");
+        child.lay_over(&image).expect("mapped");
         let mut seen = Vec::new();
         for (at, bytes) in &oracle {
             seen.resize(bytes.len(), 0);
@@ -217,11 +218,11 @@ fn is_its_source(vcpus: u8) {
             );
         }
         if let Some(shell) = shell {
-            assert_restored(shell, &captured);
+            assert_restored(shell, &captured, &image);
         }
         if fork % 100 == 0 {
             let state = Arc::new(captured.state);
-            let (grandchild, news) = self::child(&host, &captured.image, &state);
+            let (grandchild, news) = self::child(&host, &image, &state);
             await_writes(&grandchild.parts().expect("it runs").kvm.ram, vcpus);
             assert_eq!(news.try_recv().ok(), None);
         }

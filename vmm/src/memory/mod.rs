@@ -16,7 +16,7 @@ mod overlay;
 mod pages;
 
 pub(crate) use image::Layer;
-pub use image::{Image, LAYERS_MAX};
+pub use image::{Image, LAYERS_MAX, Merged};
 pub(crate) use pages::PageSet;
 pub use pages::Run;
 

@@ -59,6 +59,14 @@ impl PageSet {
         }
     }
 
+    /// The pages that are in both.
+    pub(crate) fn common(&self, other: &Self) -> Self {
+        let words = self.words.iter().zip(&other.words);
+        Self {
+            words: words.map(|(one, other)| one & other).collect(),
+        }
+    }
+
     pub(crate) fn insert(&mut self, run: Run) {
         for page in run.first..run.first + run.count {
             if let Some(word) = self.words.get_mut((page / 64) as usize) {
@@ -181,6 +189,10 @@ mod tests {
         assert_eq!(runs(&pages), [(0, 5), (105, 5), (400, 1)]);
         pages.add_words(256 * PAGE_SIZE, &[0b110]);
         assert_eq!(runs(&pages)[2], (257, 2));
+        assert_eq!(
+            runs(&pages.common(&of(&[(4, 2), (399, 3)]))),
+            [(4, 1), (400, 1)]
+        );
         // No page is there.
         pages.add_words(2 * MIB, &[1]);
         pages.add_words(2 * MIB - 64 * PAGE_SIZE, &[0, 1]);

@@ -103,6 +103,8 @@ pub struct LiveLoad {
     pub area_pages: u64,
     /// How many such writes there are before the runs are written again.
     pub writes: u64,
+    /// By how much the runs lie further on each time, in bytes.
+    pub shift: u64,
 }
 
 /// How many single pages a guest of [`live_bench`] has written, at [`DATA`].
@@ -123,6 +125,7 @@ pub fn live_bench(load: &LiveLoad) -> Program {
             load.area,
             (load.area_pages - 1) << 12,
             load.writes,
+            load.shift,
         ],
         ..LIVE_BENCH
     }
@@ -155,6 +158,8 @@ const LIVE_BENCH: Program = Program {
         0x48, 0x03, 0x5d, 0x18,                // add rbx, [rbp+0x18]
         0x48, 0xff, 0xc9,                      // dec rcx
         0x75, 0xe2,                            // jne run
+        0x48, 0x8b, 0x45, 0x48,                // mov rax, [rbp+0x48]
+        0x48, 0x01, 0x45, 0x08,                // add [rbp+0x8], rax
         0x4c, 0x89, 0x67, 0x28,                // answer: mov [rdi+0x28], r12
         0x4c, 0x8b, 0x7d, 0x40,                // mov r15, [rbp+0x40]
         0x0f, 0x31,                            // rdtsc
@@ -187,7 +192,7 @@ const LIVE_BENCH: Program = Program {
         0x48, 0xff, 0x45, 0x00,                // inc [rbp+0x0]
         0x49, 0xff, 0xcf,                      // dec r15
         0x75, 0xae,                            // jne write
-        0xe9, 0x6c, 0xff, 0xff, 0xff,          // jmp round
+        0xe9, 0x64, 0xff, 0xff, 0xff,          // jmp round
     ],
 };
 
