@@ -65,6 +65,7 @@ pub struct Child {
     /// What was heard while something else was waited for.
     exits: HashMap<ProcessId, ExitStatus>,
     is_warm: bool,
+    is_paused: bool,
     next_process: ProcessId,
     /// The container's streams, to be closed when it is frozen.
     streams: Vec<UnixStream>,
@@ -135,6 +136,7 @@ impl Child {
             },
             exits: HashMap::new(),
             is_warm: false,
+            is_paused: false,
             next_process: CONTAINER + 1,
             streams: Vec::new(),
             container,
@@ -387,7 +389,9 @@ impl Child {
     /// # Errors
     /// A vCPU that cannot stop.
     pub fn pause(&mut self) -> Result<(), Error> {
-        self.machine.pause()
+        self.machine.pause()?;
+        self.is_paused = true;
+        Ok(())
     }
 
     /// Lets them go on. The guest's clocks have gone on meanwhile.
@@ -395,7 +399,9 @@ impl Child {
     /// # Errors
     /// A child that is gone.
     pub fn unpause(&mut self) -> Result<(), Error> {
-        self.machine.resume()
+        self.machine.resume()?;
+        self.is_paused = false;
+        Ok(())
     }
 
     /// The files of its writable layer, the lowest first; none if that is not on a disk.

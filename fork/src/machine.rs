@@ -12,7 +12,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm::{
-    Capture, CaptureCost, CaptureFiles, Console, Event, EventSink, Image, Moment, Timeline, Vm,
+    Capture, CaptureCost, CaptureSpec, Console, Event, EventSink, Image, Moment, Timeline, Vm,
     VmState,
 };
 
@@ -318,16 +318,16 @@ impl Machine {
     pub(crate) fn finish_capture(
         &mut self,
         capturing: Capturing,
-        files: CaptureFiles,
+        spec: CaptureSpec,
     ) -> Result<(Image, VmState, CaptureCost), Error> {
         match (self, capturing) {
             (Self::Here(local), Capturing::Here { capture, .. }) => {
-                let captured = local.vm.finish_capture(capture, files)?;
+                let captured = local.vm.finish_capture(capture, spec)?;
                 local.image = captured.image(&local.image);
                 Ok((local.image.clone(), captured.state, captured.cost))
             }
             (Self::Worker(remote), Capturing::Worker { layer, .. }) => {
-                remote.finish_capture(layer, &files)
+                remote.finish_capture(layer, &spec)
             }
             _ => Err(Error::State("is not where it was captured")),
         }

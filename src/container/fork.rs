@@ -132,8 +132,7 @@ pub fn freeze(engine: &Engine, args: &FreezeArgs, root: &Path) -> Result<()> {
 fn check_runs(source: &Record) -> Result<()> {
     let name = &source.name;
     match source.state.status {
-        Status::Running => Ok(()),
-        Status::Paused => bail!("container {name} is paused: unpause it first"),
+        Status::Running | Status::Paused => Ok(()),
         other => bail!(
             "container {name} is {}, and does not run: start it first",
             other.word()

@@ -56,9 +56,9 @@ pub struct Capture {
     cost: CaptureCost,
 }
 
-/// What the devices of a VM are given when a picture of it is taken.
+/// How a picture of a VM is taken, and what its devices are given then.
 #[derive(Debug, Default)]
-pub struct CaptureFiles {
+pub struct CaptureSpec {
     /// A fresh overlay for its writable disk
     /// ([`devices::virtio::block::format_overlay`]), if it has one: what it writes from
     /// then on goes there, and what was there is shared with those who are made of the
@@ -67,6 +67,8 @@ pub struct CaptureFiles {
     /// For the server of its volumes, if it has one: see
     /// [`Fs::claim`](devices::virtio::fs::Fs::claim).
     pub claim: Option<OwnedFd>,
+    /// Whether it is paused, and stays so.
+    pub stays_paused: bool,
 }
 
 /// A picture of a VM at one instant.
@@ -146,25 +148,26 @@ impl Vm {
     }
 
     /// Takes the picture, wherever the vCPUs are: at one instant, as soon as little is left
-    /// to copy. The VM goes on when this returns.
+    /// to copy. The VM goes on when this returns, unless it is to stay paused.
     ///
     /// # Errors
     /// Another picture was taken since this was begun, or what the system says. The VM
     /// runs on, unless the error is that it cannot.
-    pub fn finish_capture(&self, capture: Capture, files: CaptureFiles) -> Result<Captured, Error> {
-        self.finish_watched(capture, files, |_| {})
+    pub fn finish_capture(&self, capture: Capture, spec: CaptureSpec) -> Result<Captured, Error> {
+        self.finish_watched(capture, spec, |_| {})
     }
 
     /// The same; `watch` sees the memory while nobody writes it.
     fn finish_watched(
         &self,
         mut capture: Capture,
-        files: CaptureFiles,
+        spec: CaptureSpec,
         watch: impl FnOnce(&Ram),
     ) -> Result<Captured, Error> {
         let parts = self.parts()?;
         let ram = &parts.kvm.ram;
-        if parts.devices.writable().is_some() != files.overlay.is_some() {
+        let stays_paused = spec.stays_paused;
+        if parts.devices.writable().is_some() != spec.overlay.is_some() {
             return Err(Error::Phase(UNCOVERED));
         }
         let mut trail = lock(&self.trail);
@@ -182,12 +185,14 @@ impl Vm {
         capture.cost.stopping = Moment::now();
         let stopped = self.pause().and_then(|()| {
             capture.cost.stopped = Moment::now();
-            let state = stopped(parts, trail, &mut capture, files)?;
+            let state = stopped(parts, trail, &mut capture, spec)?;
             watch(ram);
             Ok(state)
         });
-        // Also what could not be stopped as a whole.
-        self.resume()?;
+        if !stays_paused {
+            // Also what could not be stopped as a whole.
+            self.resume()?;
+        }
         capture.cost.resumed = Moment::now();
         let state = stopped?;
         let Capture {
@@ -223,7 +228,7 @@ fn stopped(
     parts: &Parts,
     trail: &mut Trail,
     capture: &mut Capture,
-    files: CaptureFiles,
+    spec: CaptureSpec,
 ) -> Result<VmState, Error> {
     let mut devices = parts.devices.hold();
     let state = Vm::save(parts, &devices)?;
@@ -233,8 +238,8 @@ fn stopped(
     let last = trail.news(parts)?;
     capture.copy(&parts.kvm.ram, &last)?;
     capture.cost.copied_stopped = last.count();
-    devices.claim(files.claim)?;
-    devices.cover(files.overlay)?;
+    devices.claim(spec.claim)?;
+    devices.cover(spec.overlay)?;
     Ok(state)
 }
 

@@ -32,7 +32,7 @@ mod vm;
 mod window;
 mod x86_64;
 
-pub use capture::{Capture, CaptureCost, CaptureFiles, Captured};
+pub use capture::{Capture, CaptureCost, CaptureSpec, Captured};
 pub use devices::Console;
 pub use devices::virtio::block::{LAYERS_MAX as DISK_LAYERS_MAX, format_overlay, merge_overlays};
 pub use devices::virtio::fs::OP_CLAIM;

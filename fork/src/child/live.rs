@@ -17,7 +17,7 @@ use crate::volumes::Claim;
 use crate::worker::{Remote, Workers, write_record};
 use std::fs::File;
 use std::sync::Arc;
-use vmm::{CaptureCost, CaptureFiles, Image, Merged, Shell};
+use vmm::{CaptureCost, CaptureSpec, Image, Merged, Shell};
 
 /// What has become of a fork of a child that runs.
 #[derive(Debug)]
@@ -36,7 +36,8 @@ enum Waiting {
 
 impl Child {
     /// Forks it while it runs: each child goes on where this one was at one instant,
-    /// wherever its vCPUs were, as somebody else. This one hardly notices.
+    /// wherever its vCPUs were, as somebody else. This one hardly notices; one that is
+    /// paused stays so, and its children run.
     ///
     /// In a child of a guest with Linux no program runs before its identity holds. It has
     /// the container as this one has it, to be attached to ([`Child::attach`]); what the
@@ -58,14 +59,14 @@ impl Child {
         specs: Vec<ForkSpec>,
         top: Option<File>,
     ) -> Result<LiveFork, Error> {
-        let (info, files) = self.pictured(&self.container.image, top)?;
+        let (info, spec) = self.pictured(&self.container.image, top)?;
         let requests = specs.into_iter().map(|spec| info.check(spec));
         let requests = requests.collect::<Result<Vec<_>, _>>()?;
         let image = self.make_room()?;
         let mut waiting = make(place, &info.host, &image, self.vcpus, requests.len())?;
         let capturing = self.machine.begin_capture(info.live.is_some())?;
         lay(&mut waiting, capturing.so_far())?;
-        let (template, cost) = self.finish(capturing, info, files)?;
+        let (template, cost) = self.finish(capturing, info, spec)?;
         let children = start(place, &template, waiting, requests);
         Ok(LiveFork { children, cost })
     }
@@ -84,10 +85,10 @@ impl Child {
         image: &str,
         top: Option<File>,
     ) -> Result<(Template, CaptureCost), Error> {
-        let (info, files) = self.pictured(image, top)?;
+        let (info, spec) = self.pictured(image, top)?;
         self.make_room()?;
         let capturing = self.machine.begin_capture(info.live.is_some())?;
-        self.finish(capturing, info, files)
+        self.finish(capturing, info, spec)
     }
 
     /// What its memory was when it was last forked or captured: for [`Image::merge`], in any
@@ -121,11 +122,11 @@ impl Child {
         &mut self,
         capturing: Capturing,
         info: Arc<TemplateInfo>,
-        files: CaptureFiles,
+        spec: CaptureSpec,
     ) -> Result<(Template, CaptureCost), Error> {
-        let own = files.overlay.as_ref().map(File::try_clone).transpose();
+        let own = spec.overlay.as_ref().map(File::try_clone).transpose();
         let own = own.map_err(Error::Process)?;
-        let finished = self.machine.finish_capture(capturing, files);
+        let finished = self.machine.finish_capture(capturing, spec);
         // With an error nobody knows in which file its disk goes on.
         self.born.is_disk_unknown |= finished.is_err() && own.is_some();
         let (image, mut state, cost) = finished?;
@@ -136,17 +137,21 @@ impl Child {
         Ok((Template::of(&info, image, state), cost))
     }
 
-    /// What is said of a picture of it, and what its devices are given then.
+    /// What is said of a picture of it, and how it is taken.
     fn pictured(
         &self,
         image: &str,
         overlay: Option<File>,
-    ) -> Result<(Arc<TemplateInfo>, CaptureFiles), Error> {
+    ) -> Result<(Arc<TemplateInfo>, CaptureSpec), Error> {
         if self.template.kind == Kind::Micro {
-            let claim = None;
+            let spec = CaptureSpec {
+                overlay,
+                claim: None,
+                stays_paused: self.is_paused,
+            };
             return match self.phase {
                 Phase::Poisoned => Err(Error::State(POISONED)),
-                _ => Ok((Arc::clone(&self.template), CaptureFiles { overlay, claim })),
+                _ => Ok((Arc::clone(&self.template), spec)),
             };
         }
         self.expect(Phase::Started, "has no container that runs")?;
@@ -177,7 +182,12 @@ impl Child {
             volumes,
             ..self.template.with_container(container, root)
         };
-        Ok((Arc::new(info), CaptureFiles { overlay, claim }))
+        let spec = CaptureSpec {
+            overlay,
+            claim,
+            stays_paused: self.is_paused,
+        };
+        Ok((Arc::new(info), spec))
     }
 }
 

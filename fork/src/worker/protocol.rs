@@ -79,7 +79,11 @@ pub(crate) enum ToWorker {
     },
     /// Take the picture that was begun. With it: what is to lie over its disk, and the
     /// claim to what it knows of its volumes.
-    FinishCapture { has_overlay: bool, has_claim: bool },
+    FinishCapture {
+        has_overlay: bool,
+        has_claim: bool,
+        stays_paused: bool,
+    },
     /// Have one file in the place of overlays of its disk. With it: the file.
     ReplaceLayers {
         /// How many, above the lowest file.

@@ -20,7 +20,7 @@ use std::mem::discriminant;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vmm::{CaptureCost, CaptureFiles, DiskFiles, Image, Moment, Run, Timeline, VmState};
+use vmm::{CaptureCost, CaptureSpec, DiskFiles, Image, Moment, Run, Timeline, VmState};
 
 /// The most news that are kept while an answer is waited for. A guest makes one of each
 /// kind at most; a worker that sends more is not ours any longer.
@@ -133,12 +133,13 @@ impl Remote {
     pub(crate) fn finish_capture(
         &mut self,
         layer: File,
-        files: &CaptureFiles,
+        spec: &CaptureSpec,
     ) -> Result<(Image, VmState, CaptureCost), Error> {
-        let CaptureFiles { overlay, claim } = files;
+        let CaptureSpec { overlay, claim, .. } = spec;
         let message = ToWorker::FinishCapture {
             has_overlay: overlay.is_some(),
             has_claim: claim.is_some(),
+            stays_paused: spec.stays_paused,
         };
         let overlay = overlay.iter().map(AsFd::as_fd);
         let with = overlay.chain(claim.iter().map(AsFd::as_fd));

@@ -10,8 +10,7 @@ use std::io;
 use std::sync::Arc;
 use vm_run_abi::identity;
 use vmm::{
-    Birth, Capture, CaptureFiles, DiskFiles, Disks, EventSink, Host, Image, Prepared, Shell, Tap,
-    Vm,
+    Birth, Capture, CaptureSpec, DiskFiles, Disks, EventSink, Host, Image, Prepared, Shell, Tap, Vm,
 };
 
 /// Serves its owner until that is gone.
@@ -170,15 +169,17 @@ impl Worker {
             ToWorker::FinishCapture {
                 has_overlay,
                 has_claim,
+                stays_paused,
             } => {
                 let capture = self.capture.take().ok_or_else(out_of_turn)?;
                 let overlay = has_overlay.then(|| with.next()).flatten();
                 let claim = has_claim.then(|| with.next()).flatten();
-                let files = CaptureFiles {
+                let spec = CaptureSpec {
                     overlay,
                     claim: claim.map(OwnedFd::from),
+                    stays_paused,
                 };
-                let captured = self.vm()?.finish_capture(capture, files);
+                let captured = self.vm()?.finish_capture(capture, spec);
                 let captured = captured.map_err(|e| e.to_string())?;
                 let record = write_layer_record(Some(&captured.state), captured.pages());
                 let record = record.map_err(handing_over)?;

@@ -390,7 +390,6 @@ impl Life {
     }
 
     fn capture(&mut self) -> Result<Parcel> {
-        self.check_not_paused()?;
         // One without a disk has no layers.
         let top = match self.child.layers().len() {
             0 => None,

@@ -197,7 +197,7 @@ fn is_its_source(vcpus: u8) {
             shell
         });
         let captured = source
-            .finish_watched(capture, CaptureFiles::default(), watch)
+            .finish_watched(capture, CaptureSpec::default(), watch)
             .expect("captured");
         image = captured.image(&image).with_room().expect("merged");
         rounds += captured.cost.rounds;
