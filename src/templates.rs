@@ -53,7 +53,7 @@ pub enum TemplateCommand {
     Inspect {
         /// Its name
         name: String,
-        /// Read all of its memory, and check it
+        /// Read all of it, and check it
         #[arg(long)]
         verify: bool,
     },
@@ -123,7 +123,7 @@ pub fn cli(command: TemplateCommand, root: &Path) -> Result<()> {
             let dir = shelf.existing(&name)?;
             let manifest = Manifest::read(&dir)?;
             if verify {
-                manifest.verify_memory(&dir)?;
+                manifest.verify(&dir)?;
             }
             writeln!(out, "{}", serde_json::to_string_pretty(&manifest)?)?;
         }

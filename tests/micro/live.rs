@@ -21,7 +21,7 @@ const LOAD: LiveLoad = LiveLoad {
     writes: 1 << 40,
 };
 
-fn template() -> Template {
+pub fn template() -> Template {
     let host = Arc::new(Host::open().expect("these tests need /dev/kvm"));
     let spec = BootSpec {
         memory: 64 * MIB,
@@ -38,7 +38,7 @@ fn workers(jail: Jail) -> Place {
 }
 
 /// It has written its runs, and goes on to write single pages.
-fn begins(child: &mut Child) {
+pub fn begins(child: &mut Child) {
     child.answer().expect("answers");
     child.unpause().expect("goes on");
     std::thread::sleep(Duration::from_millis(5));

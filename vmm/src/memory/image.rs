@@ -14,6 +14,7 @@ use super::pages::{PageSet, Run};
 use super::{copy_data, copy_range, memory_file, seal, seal_unmapped};
 use crate::error::Error;
 use crate::layout::ram_ranges;
+use rustix::fs::{OFlags, fcntl_getfl};
 use std::fs::File;
 use std::sync::Arc;
 
@@ -80,6 +81,29 @@ impl Image {
     pub fn with_layer(&self, file: File, runs: &[Run]) -> Result<Self, Error> {
         seal_unmapped(&file)?;
         self.with_growing(file, runs)
+    }
+
+    /// The same with a layer that lies on a disk, opened read-only as the base of
+    /// [`Self::from_file`] is.
+    ///
+    /// # Errors
+    /// As [`Self::with_layer`], or a file that is open for writing.
+    pub fn with_layer_from_disk(&self, file: File, runs: &[Run]) -> Result<Self, Error> {
+        if !is_read_only(&file)? {
+            return Err(Error::State("a layer from disk is open for writing".into()));
+        }
+        self.with_growing(file, runs)
+    }
+
+    /// The same with a layer from a process that is trusted: from disk, or one to be sealed.
+    ///
+    /// # Errors
+    /// As [`Self::with_layer`].
+    pub fn with_layer_handed_over(&self, file: File, runs: &[Run]) -> Result<Self, Error> {
+        match is_read_only(&file)? {
+            true => self.with_layer_from_disk(file, runs),
+            false => self.with_layer(file, runs),
+        }
     }
 
     /// The same while the layer is still being written: see
@@ -196,6 +220,13 @@ impl Image {
     }
 }
 
+/// A layer from disk has no seals to tell it by: on a tmpfs it can have some, and is then
+/// sealed against more.
+fn is_read_only(file: &File) -> Result<bool, Error> {
+    let flags = fcntl_getfl(file).map_err(Error::memory("F_GETFL"))?;
+    Ok(flags & OFlags::ACCMODE == OFlags::RDONLY)
+}
+
 fn check_length(file: &File, bytes: u64) -> Result<(), Error> {
     let len = file.metadata().map_err(Error::memory("fstat"))?.len();
     if len == bytes {
@@ -204,4 +235,84 @@ fn check_length(file: &File, bytes: u64) -> Result<(), Error> {
     Err(Error::State(format!(
         "the memory file holds {len} bytes and not {bytes}"
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, memfd_create};
+    use std::os::unix::fs::FileExt;
+
+    const BYTES: u64 = 64 << 20;
+    const RUNS: [Run; 2] = [Run { first: 1, count: 2 }, Run { first: 9, count: 1 }];
+
+    /// As a template on disk has it: read-only, and without seals.
+    fn on_disk(bytes: u64) -> File {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        file.as_file().set_len(bytes).expect("sized");
+        file.reopen()
+            .expect("opens")
+            .write_at(b"x", 4096)
+            .expect("writes");
+        File::open(file.path()).expect("opens")
+    }
+
+    fn base() -> Image {
+        Image::from_file(on_disk(BYTES), BYTES).expect("a base")
+    }
+
+    #[test]
+    fn a_layer_from_disk_is_taken_as_it_is() {
+        for with in [Image::with_layer_from_disk, Image::with_layer_handed_over] {
+            let image = with(&base(), on_disk(BYTES), &RUNS).expect("a layer");
+            let (file, runs) = image.layers().next().expect("a layer");
+            assert_eq!(runs, RUNS);
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, 4096).expect("reads");
+            assert_eq!(byte, *b"x");
+            // What cannot be sealed is not taken from a process that is not trusted.
+            assert!(base().with_layer(on_disk(BYTES), &RUNS).is_err());
+        }
+    }
+
+    #[test]
+    fn a_layer_in_memory_is_sealed_and_no_layer_from_disk() {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(memfd_create("layer", flags).expect("a file"));
+        file.set_len(BYTES).expect("sized");
+        let same = || file.try_clone().expect("cloned");
+        assert!(base().with_layer_from_disk(same(), &RUNS).is_err());
+        base()
+            .with_layer_handed_over(same(), &RUNS)
+            .expect("a layer");
+        let error = file.write_at(b"x", 0).expect_err("sealed");
+        assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+    }
+
+    #[test]
+    fn a_layer_that_does_not_fit_its_memory_is_refused() {
+        let pages = BYTES / vm_run_abi::PAGE_SIZE;
+        let run = |first, count| Run { first, count };
+        let bad = [
+            vec![run(pages, 1)],
+            vec![run(0, pages + 1)],
+            vec![run(u64::MAX, 2)],
+            vec![run(3, 0)],
+            vec![run(3, 2), run(4, 1)],
+        ];
+        for runs in bad {
+            let with = base().with_layer_from_disk(on_disk(BYTES), &runs);
+            assert!(with.is_err(), "{runs:?}");
+        }
+        let short = on_disk(BYTES - 4096);
+        assert!(base().with_layer_from_disk(short, &RUNS).is_err());
+        let mut image = base();
+        for first in 0..LAYERS_MAX as u64 {
+            image = image
+                .with_layer_from_disk(on_disk(BYTES), &[run(first, 1)])
+                .expect("a layer");
+        }
+        let more = image.with_layer_from_disk(on_disk(BYTES), &[run(99, 1)]);
+        assert!(more.is_err(), "one too many");
+    }
 }
