@@ -1,5 +1,7 @@
 //! Forks of a guest of a few instructions: they run on any KVM.
 
+#[path = "micro/artifact.rs"]
+mod artifact;
 #[path = "micro/census.rs"]
 mod census;
 #[path = "micro/live.rs"]
