@@ -10,6 +10,7 @@ mod doctor;
 mod guest;
 mod image;
 mod net;
+mod output;
 mod progress;
 mod run;
 mod selftest;

@@ -1,5 +1,7 @@
 //! Forks of a guest of a few instructions: they run on any KVM.
 
+#[path = "micro/artifact.rs"]
+mod artifact;
 #[path = "micro/census.rs"]
 mod census;
 #[path = "micro/live.rs"]
@@ -8,6 +10,8 @@ mod live;
 mod pool;
 #[path = "micro/soak.rs"]
 mod soak;
+#[path = "micro/store.rs"]
+mod store;
 
 use fork::{BootSpec, Disks, Error, ForkSpec, Host, Kind, Template};
 use std::fs::File;
@@ -80,7 +84,7 @@ fn a_template_on_disk_forks_like_the_one_in_memory() {
     let path = dir.path().join("t");
     let template = boot(64);
     let manifest = template.save(&path).expect("saves");
-    manifest.verify_memory(&path).expect("is what was written");
+    manifest.verify(&path).expect("is what was written");
     let opened = Template::open(Arc::clone(template.host()), &path).expect("opens");
     assert_eq!(opened.kind(), Kind::Micro);
     let mut child = opened.fork(child("disk")).expect("forks");

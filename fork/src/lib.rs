@@ -88,7 +88,7 @@ pub use parcel::Parcel;
 pub use pool::{Place, Pool, PoolStats};
 pub use stages::{ForkPath, Stages};
 pub use stats::ChildStats;
-pub use store::{FORMAT, Manifest};
+pub use store::{Content, FORMAT, Manifest, NamedPart, Part, SparseWriter, rename_into_place};
 pub use template::{BootSpec, DEFAULT_DOMAIN, ForkSpec, Kind, Live, Template, Warm};
 pub use vm_run_abi::identity::Connections;
 pub use vm_run_abi::options::{ContainerOptions, Limit, ProcessOptions, Tmpfs};

@@ -3,91 +3,50 @@
 //! | file | holds |
 //! |---|---|
 //! | `manifest.json` | what the rest is, and for whom: read first, readable by people |
-//! | `state` | the vCPUs' and devices' state, in postcard |
+//! | `state` | the vCPUs' and devices' state, and which pages are in which layer, in postcard |
 //! | `memory` | guest memory, sparse; mapped private by every child |
+//! | `memory.0`, ... | the layers over it: pages that were written since, each at its place |
 //! | `root` | the root image of a warm template's container |
 //! | `layer.0`, ... | the layers of the disk of a container that ran |
 //! | `disk` | the empty disk that is mounted in a bare template, as a list |
 //!
 //! It is written beside its place and renamed there, so it is whole or not
-//! there. The state is untrusted until its digest, its size and its contents
-//! have been checked; the memory's digest is checked by `template inspect
+//! there. A file that lies on the same file system already, as those of the template
+//! from which a child was forked do, is not copied but gets one more name: no file of a
+//! template is ever written again.
+//!
+//! The state is untrusted until its digest, its size and its contents
+//! have been checked; the digests of the large files are checked by `template inspect
 //! --verify` and not at every fork.
+
+mod files;
+mod manifest;
+
+pub(crate) use files::read_bounded;
+pub use files::{Part, SparseWriter, rename_into_place};
+pub use manifest::{Content, Manifest, NamedPart};
 
 use crate::disk::{EmptyDisk, LIST_MAX};
 use crate::error::Error;
-use crate::guest::{hex, sha256_of};
-use crate::template::{Kind, Live, TemplateInfo, Warm};
-use rustix::fs::{AtFlags, CWD, FlockOperation, SeekFrom, flock, linkat, seek};
-use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use crate::template::{Kind, TemplateInfo};
+use crate::worker::picture::{RECORD_MAX, parse_record, record_bytes};
+use files::{keep, open as open_file, whole, write};
+use manifest::{layer_name, memory_name, refused};
+use std::fs::{self, File};
+use std::ops::Range;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
-use vmm::{Cpu, DISK_LAYERS_MAX, Image, VmState};
+use vmm::{DISK_LAYERS_MAX, Image, Run, VmState};
 
 /// The version of the whole directory. Goes up with every change of meaning in
 /// the manifest, in the state or in what the memory holds.
-pub const FORMAT: u32 = 9;
+pub const FORMAT: u32 = 10;
 
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
 const ROOT: &str = "root";
 const DISK: &str = "disk";
-/// A manifest is about a kilobyte.
-const MANIFEST_MAX: u64 = 64 << 10;
-/// A state is some ten kilobytes for each vCPU.
-const STATE_MAX: u64 = 16 << 20;
-
-/// What `manifest.json` says.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Manifest {
-    /// See [`FORMAT`].
-    pub format: u32,
-    /// The version of vm-run that wrote it.
-    pub written_by: String,
-    /// Seconds since the epoch.
-    pub created: u64,
-    /// What is inside.
-    pub kind: Kind,
-    /// How many vCPUs.
-    pub vcpus: u32,
-    /// Whose children may share its memory.
-    pub domain: String,
-    /// The container inside, if there is one.
-    pub warm: Option<Warm>,
-    /// If it ran when the picture was taken.
-    pub live: Option<Live>,
-    /// How many layers its disk has.
-    pub layers: usize,
-    /// The CPU on which it was frozen.
-    pub cpu: Cpu,
-    /// Of kernel and agent; empty without a Linux.
-    pub guest_digest: String,
-    /// Length of `state`, in bytes.
-    pub state_bytes: u64,
-    /// SHA-256 of `state`.
-    pub state_sha256: String,
-    /// Length of `memory`, in bytes: the guest's memory.
-    pub memory_bytes: u64,
-    /// SHA-256 of `memory`.
-    pub memory_sha256: String,
-    /// SHA-256 of `disk`, if there is one.
-    pub disk_sha256: Option<String>,
-}
-
-/// Read before the rest, and with every other field unknown: a later format may
-/// have any.
-#[derive(Deserialize)]
-struct FormatOnly {
-    format: u32,
-}
 
 /// What a template on disk is written from.
 pub(crate) struct Contents<'a> {
@@ -105,130 +64,94 @@ pub(crate) struct Opened {
     pub(crate) empty_disk: Option<EmptyDisk>,
 }
 
-impl Manifest {
-    /// Reads and checks the manifest of the template in `dir`.
-    ///
-    /// # Errors
-    /// No template, one of another format, or a spoilt one.
-    pub fn read(dir: &Path) -> Result<Self, Error> {
-        let path = dir.join(MANIFEST);
-        let text = read_bounded(&path, MANIFEST_MAX)?;
-        let bad = |reason: String| Error::Template {
-            path: dir.to_path_buf(),
-            reason,
-        };
-        let format: FormatOnly = serde_json::from_slice(&text).map_err(|e| {
-            bad(format!(
-                "its manifest is spoilt ({e}); remove and rebuild it"
-            ))
-        })?;
-        if format.format != FORMAT {
-            return Err(bad(format!(
-                "it has format {} and this vm-run writes format {FORMAT}; remove and rebuild it",
-                format.format
-            )));
-        }
-        serde_json::from_slice(&text).map_err(|e| {
-            bad(format!(
-                "its manifest is spoilt ({e}); remove and rebuild it"
-            ))
-        })
-    }
-
-    /// # Errors
-    /// If the template was made for another CPU than `here`.
-    pub(crate) fn check_cpu(&self, dir: &Path, here: &Cpu) -> Result<(), Error> {
-        if self.cpu == *here {
-            return Ok(());
-        }
-        Err(Error::Template {
-            path: dir.to_path_buf(),
-            reason: if self.cpu.to_string() == here.to_string() {
-                format!(
-                    "it was made on a {here} with other features (microcode, kernel or hypervisor have changed); rebuild it here"
-                )
-            } else {
-                format!(
-                    "it was made on a {} and this is a {here}; rebuild it here",
-                    self.cpu
-                )
-            },
-        })
-    }
-
-    /// Reads all of the memory and compares its digest.
-    ///
-    /// # Errors
-    /// A memory file that is not what was written.
-    pub fn verify_memory(&self, dir: &Path) -> Result<(), Error> {
-        let path = dir.join(MEMORY);
-        let mut file = File::open(&path).map_err(Error::io(&path, "open"))?;
-        let digest = sha256_of(&mut file).map_err(Error::io(&path, "read"))?;
-        if hex(&digest) == self.memory_sha256 {
-            return Ok(());
-        }
-        Err(Error::Template {
-            path: dir.to_path_buf(),
-            reason: "its memory is not what was written; remove and rebuild it".into(),
-        })
-    }
-}
-
 pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<Opened, Error> {
-    let bad = |reason: &str| Error::Template {
-        path: dir.to_path_buf(),
-        reason: format!("{reason}; remove and rebuild it"),
-    };
-    let bytes = read_bounded(&dir.join(STATE), STATE_MAX)?;
-    if hex(&Sha256::digest(&bytes)) != manifest.state_sha256 {
-        return Err(bad("its state is not what was written"));
-    }
-    let state: VmState =
-        postcard::from_bytes(&bytes).map_err(|_| bad("its state cannot be read"))?;
+    let (state, layers) = read_state(dir, manifest)?;
     state.check()?;
-    let path = dir.join(MEMORY);
-    let file = File::open(&path).map_err(Error::io(&path, "open"))?;
-    // Kept for as long as the image is: a template in use is not removed.
-    flock(&file, FlockOperation::NonBlockingLockShared).map_err(|_| bad("it is being removed"))?;
-    let image = Image::from_file(file, manifest.memory_bytes)
-        .map_err(|_| bad("its memory is cut short"))?;
-    let root = match manifest.kind {
-        Kind::Warm => {
-            let path = dir.join(ROOT);
-            Some(File::open(&path).map_err(Error::io(&path, "open"))?)
-        }
-        Kind::Bare | Kind::Micro => None,
-    };
-    if manifest.layers > DISK_LAYERS_MAX {
-        return Err(bad("its disk has too many layers"));
+    let image = open_memory(dir, manifest, &layers)?;
+    if manifest.kind == Kind::Warm && manifest.root.is_none() {
+        return Err(spoilt(dir, "it has no root image"));
     }
-    let layer = |number| {
-        let path = dir.join(layer_name(number));
-        File::open(&path).map_err(Error::io(&path, "open"))
-    };
-    let layers = (0..manifest.layers).map(layer).collect::<Result<_, _>>()?;
-    let empty_disk = match &manifest.disk_sha256 {
-        Some(digest) => {
-            let list = read_bounded(&dir.join(DISK), LIST_MAX)?;
-            if hex(&Sha256::digest(&list)) != *digest {
-                return Err(bad("its empty disk is not what was written"));
-            }
-            let read = EmptyDisk::from_list(&list);
-            Some(read.map_err(|_| bad("its empty disk cannot be read"))?)
-        }
-        None => None,
-    };
+    let root = manifest.root.as_ref();
+    let root = root.map(|part| open_part(dir, ROOT, part)).transpose()?;
+    if manifest.layers.len() > DISK_LAYERS_MAX {
+        return Err(spoilt(dir, "its disk has too many layers"));
+    }
+    let layers = manifest.layers.iter().enumerate();
+    let layers = layers.map(|(number, part)| open_part(dir, &layer_name(number), part));
     Ok(Opened {
         image,
         state,
         root,
-        layers,
-        empty_disk,
+        layers: layers.collect::<Result<_, _>>()?,
+        empty_disk: read_disk(dir, manifest)?,
     })
 }
 
-fn layer_name(number: usize) -> String {
-    format!("layer.{number}")
+/// What [`open`] checks.
+fn check(dir: &Path, manifest: &Manifest) -> Result<(), Error> {
+    open(dir, manifest).map(drop)
+}
+
+/// The state, and the pages of each layer of the memory.
+fn read_state(dir: &Path, manifest: &Manifest) -> Result<(VmState, Vec<Vec<Run>>), Error> {
+    let bytes = read_bounded(&dir.join(STATE), RECORD_MAX)?;
+    if !manifest.state.is_of(&bytes) {
+        return Err(spoilt(dir, "its state is not what was written"));
+    }
+    match parse_record(&bytes) {
+        Ok((Some(state), layers)) => Ok((state, layers)),
+        Ok((None, _)) => Err(spoilt(dir, "it has no state")),
+        Err(_) => Err(spoilt(dir, "its state cannot be read")),
+    }
+}
+
+fn open_memory(dir: &Path, manifest: &Manifest, layers: &[Vec<Run>]) -> Result<Image, Error> {
+    if manifest.memory.len() != layers.len() + 1 {
+        return Err(spoilt(dir, "its state is of another memory"));
+    }
+    let base = open_file(&dir.join(MEMORY))?;
+    let mut image = Image::from_file(base, manifest.memory_bytes)
+        .map_err(|_| spoilt(dir, "its memory is cut short"))?;
+    for (number, runs) in layers.iter().enumerate() {
+        let name = memory_name(number + 1);
+        let file = open_file(&dir.join(&name))?;
+        image = image.with_layer_from_disk(file, runs).map_err(|_| {
+            spoilt(
+                dir,
+                &format!("its {name} is cut short, or of another memory"),
+            )
+        })?;
+    }
+    Ok(image)
+}
+
+/// Opens a file of the length that was written.
+fn open_part(dir: &Path, name: &str, part: &Part) -> Result<File, Error> {
+    let path = dir.join(name);
+    let file = open_file(&path)?;
+    let found = file.metadata().map_err(Error::io(&path, "stat"))?.len();
+    if found != part.bytes {
+        let reason = format!("its {name} has {found} bytes and not {}", part.bytes);
+        return Err(spoilt(dir, &reason));
+    }
+    Ok(file)
+}
+
+fn read_disk(dir: &Path, manifest: &Manifest) -> Result<Option<EmptyDisk>, Error> {
+    let Some(part) = &manifest.disk else {
+        return Ok(None);
+    };
+    let list = read_bounded(&dir.join(DISK), LIST_MAX)?;
+    if !part.is_of(&list) {
+        return Err(spoilt(dir, "its empty disk is not what was written"));
+    }
+    let read = EmptyDisk::from_list(&list);
+    read.map(Some)
+        .map_err(|_| spoilt(dir, "its empty disk cannot be read"))
+}
+
+fn spoilt(dir: &Path, reason: &str) -> Error {
+    refused(dir, format!("{reason}; remove and rebuild it"))
 }
 
 /// Writes a template to `dir`.
@@ -240,21 +163,11 @@ pub(crate) fn save(dir: &Path, contents: &Contents<'_>) -> Result<Manifest, Erro
         .prefix(".new-")
         .tempdir_in(parent)
         .map_err(Error::io(parent, "create a directory in"))?;
-    let state_bytes = postcard::to_stdvec(state).map_err(|e| Error::Template {
-        path: dir.to_path_buf(),
-        reason: format!("its state cannot be written: {e}"),
-    })?;
-    write(&beside.path().join(STATE), &state_bytes)?;
-    let memory_sha256 = copy_memory(&image.flatten()?, &beside.path().join(MEMORY))?;
-    if let Some(root) = &info.root {
-        keep_file(root, &beside.path().join(ROOT))?;
-    }
-    for (number, layer) in info.layers.iter().enumerate() {
-        // What its guest has written, and not asked to have on the disk.
-        let path = beside.path().join(layer_name(number));
-        layer.sync_all().map_err(Error::io(&path, "write"))?;
-        keep_file(layer, &path)?;
-    }
+    let unwritable = |what, e: &dyn std::error::Error| {
+        refused(dir, format!("its {what} cannot be written: {e}"))
+    };
+    let record = record_bytes(Some(state), image).map_err(|e| unwritable("state", &e))?;
+    write(&beside.path().join(STATE), &record)?;
     let list = info.empty_disk.as_ref().map(EmptyDisk::to_list);
     if let Some(list) = &list {
         write(&beside.path().join(DISK), list)?;
@@ -271,121 +184,53 @@ pub(crate) fn save(dir: &Path, contents: &Contents<'_>) -> Result<Manifest, Erro
         domain: info.domain.clone(),
         warm: info.warm.clone(),
         live: info.live,
-        layers: info.layers.len(),
         cpu: info.cpu.clone(),
         guest_digest: info.guest_digest.clone(),
-        state_bytes: state_bytes.len() as u64,
-        state_sha256: hex(&Sha256::digest(&state_bytes)),
         memory_bytes: image.bytes(),
-        memory_sha256,
-        disk_sha256: list.map(|list| hex(&Sha256::digest(&list))),
+        state: Part::of_bytes(&record),
+        memory: save_memory(beside.path(), image)?,
+        root: save_root(beside.path(), info)?,
+        layers: save_layers(beside.path(), info)?,
+        disk: list.as_deref().map(Part::of_bytes),
     };
-    let text = serde_json::to_vec_pretty(&manifest).map_err(|e| Error::Template {
-        path: dir.to_path_buf(),
-        reason: format!("its manifest cannot be written: {e}"),
-    })?;
-    write(&beside.path().join(MANIFEST), &text)?;
-    sync_dir(beside.path())?;
-    fs::rename(beside.path(), dir).map_err(Error::io(dir, "rename to"))?;
-    // The directory has its name now: nothing of it is to be cleaned up.
-    let _kept = beside.keep();
-    sync_dir(parent)?;
+    let text = serde_json::to_vec_pretty(&manifest).map_err(|e| unwritable("manifest", &e))?;
+    Manifest::write_text(beside.path(), &text)?;
+    rename_into_place(beside, dir)?;
     Ok(manifest)
 }
 
-/// Copies an image without layers, with its holes, and returns its digest.
-fn copy_memory(image: &Image, path: &Path) -> Result<String, Error> {
-    let file = create(path)?;
-    let copy = || -> io::Result<String> {
-        file.set_len(image.bytes())?;
-        let mut hash = Sha256::new();
-        let zeroes = vec![0; 1 << 20];
-        let mut buffer = vec![0; 1 << 20];
-        let mut at = 0;
-        while at < image.bytes() {
-            let data = match seek(image.base(), SeekFrom::Data(at)) {
-                Ok(data) => data,
-                Err(Errno::NXIO) => image.bytes(),
-                Err(e) => return Err(e.into()),
-            };
-            while at < data {
-                let hole = (data - at).min(zeroes.len() as u64);
-                hash.update(&zeroes[..hole as usize]);
-                at += hole;
-            }
-            if at == image.bytes() {
-                break;
-            }
-            let end = seek(image.base(), SeekFrom::Hole(at))?;
-            while at < end {
-                let part = &mut buffer[..((end - at) as usize).min(1 << 20)];
-                image.base().read_exact_at(part, at)?;
-                hash.update(&*part);
-                file.write_all_at(part, at)?;
-                at += part.len() as u64;
-            }
-        }
-        file.sync_all()?;
-        Ok(hex(&hash.finalize()))
+/// The base, and of each layer the pages that count.
+fn save_memory(dir: &Path, image: &Image) -> Result<Vec<Part>, Error> {
+    let all = 0..image.bytes();
+    let base = keep(image.base(), &[all], &dir.join(MEMORY))?;
+    let mut parts = vec![base];
+    for (file, runs) in image.layers() {
+        let path = dir.join(memory_name(parts.len()));
+        parts.push(keep(file, &ranges(&runs), &path)?);
+    }
+    Ok(parts)
+}
+
+fn ranges(runs: &[Run]) -> Vec<Range<u64>> {
+    runs.iter().map(|run| run.bytes()).collect()
+}
+
+fn save_root(dir: &Path, info: &TemplateInfo) -> Result<Option<Part>, Error> {
+    let root = info.root.as_ref();
+    root.map(|root| keep_all(root, &dir.join(ROOT))).transpose()
+}
+
+fn save_layers(dir: &Path, info: &TemplateInfo) -> Result<Vec<Part>, Error> {
+    let save = |(number, layer): (usize, &File)| {
+        let path = dir.join(layer_name(number));
+        // What its guest has written, and not asked to have on the disk.
+        layer.sync_all().map_err(Error::io(&path, "write"))?;
+        keep_all(layer, &path)
     };
-    copy().map_err(Error::io(path, "write"))
+    info.layers.iter().enumerate().map(save).collect()
 }
 
-/// Gives a file that nobody writes any more a second name in the template, so that it
-/// lives as long as the template; on another file system: a copy.
-fn keep_file(file: &File, path: &Path) -> Result<(), Error> {
-    let open_file = format!("/proc/self/fd/{}", file.as_raw_fd());
-    match linkat(CWD, open_file, CWD, path, AtFlags::SYMLINK_FOLLOW) {
-        Ok(()) => Ok(()),
-        Err(_) => {
-            let copy = || -> io::Result<()> {
-                let mut to = OpenOptions::new().write(true).create_new(true).open(path)?;
-                let len = file.metadata()?.len();
-                let mut at = 0;
-                let mut buffer = vec![0; 1 << 20];
-                while at < len {
-                    let part = &mut buffer[..((len - at) as usize).min(1 << 20)];
-                    file.read_exact_at(part, at)?;
-                    to.write_all(part)?;
-                    at += part.len() as u64;
-                }
-                to.sync_all()
-            };
-            copy().map_err(Error::io(path, "write"))
-        }
-    }
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let mut file = create(path)?;
-    file.write_all(bytes)
-        .and_then(|()| file.sync_all())
-        .map_err(Error::io(path, "write"))
-}
-
-fn create(path: &Path) -> Result<File, Error> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .map_err(Error::io(path, "create"))
-}
-
-fn sync_dir(path: &Path) -> Result<(), Error> {
-    File::open(path)
-        .and_then(|dir| dir.sync_all())
-        .map_err(Error::io(path, "sync"))
-}
-
-pub(crate) fn read_bounded(path: &Path, max: u64) -> Result<Vec<u8>, Error> {
-    let file = File::open(path).map_err(Error::io(path, "open"))?;
-    let mut bytes = Vec::new();
-    file.take(max + 1)
-        .read_to_end(&mut bytes)
-        .map_err(Error::io(path, "read"))?;
-    if bytes.len() as u64 > max {
-        return Err(Error::io(path, "read")(io::ErrorKind::FileTooLarge.into()));
-    }
-    Ok(bytes)
+fn keep_all(file: &File, path: &Path) -> Result<Part, Error> {
+    let all = whole(file).map_err(Error::io(path, "stat"))?;
+    keep(file, &all, path)
 }

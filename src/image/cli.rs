@@ -6,12 +6,11 @@ use super::name::Name;
 use super::reference::{Reference, familiar};
 use super::registry::{Access, Login, pull, push};
 use super::store::{Format, ImageSummary, Import, Removed, Store};
+use crate::output;
 use crate::progress::{Bar, Bars};
 use anyhow::{Context, Result, bail};
-use std::fs::File;
-use std::io::{BufRead, BufWriter, IsTerminal, Read, Write};
+use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
-use tempfile::NamedTempFile;
 
 /// Bytes of an id that people are shown, as docker does.
 const SHORT_ID: usize = 12;
@@ -267,37 +266,13 @@ fn push_image(store: &Store, image: &str, quiet: bool, access: &Access) -> Resul
 
 fn save(store: &Store, images: &[String], output: Option<&Path>, format: Format) -> Result<()> {
     let bar = Bar::default();
-    let Some(path) = output else {
-        if format == Format::OciDir {
-            bail!("a directory has a name: give it with -o");
-        }
-        let mut out = std::io::stdout().lock();
-        if out.is_terminal() {
-            bail!("a terminal is no place for an archive: give -o FILE, or redirect it");
-        }
-        return Ok(store.save_archive(images, format, &mut out, &bar)?);
-    };
     if format == Format::OciDir {
+        let path = output.context("a directory has a name: give it with -o")?;
         return Ok(store.save_directory(images, path, &bar)?);
     }
-    let shown = || format!("cannot write {}", path.display());
-    let is_special = path.metadata().is_ok_and(|meta| !meta.is_file());
-    if is_special {
-        let mut file = File::options().write(true).open(path).with_context(shown)?;
-        return Ok(store.save_archive(images, format, &mut file, &bar)?);
-    }
-    // An archive that is cut by an error or a crash is not left to be taken for one.
-    let parent = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    let new = NamedTempFile::new_in(parent).with_context(shown)?;
-    let mut out = BufWriter::with_capacity(1 << 20, new.as_file());
-    store.save_archive(images, format, &mut out, &bar)?;
-    drop(out);
-    new.as_file().sync_all().with_context(shown)?;
-    new.persist(path).with_context(shown)?;
-    Ok(())
+    output::write_archive(output, |out| {
+        Ok(store.save_archive(images, format, out, &bar)?)
+    })
 }
 
 fn import_tar(store: &Store, file: &Path, import: &Import) -> Result<()> {

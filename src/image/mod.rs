@@ -14,23 +14,23 @@
 //! [`limits::Limits`], every digest is checked, and no path in it is ever used on
 //! the host's file system.
 
-mod archive;
+pub mod archive;
 // A fuzzer has no network and no command line: it builds neither.
 #[cfg(not(fuzzing))]
 mod changes;
 #[cfg(not(fuzzing))]
 pub mod cli;
 mod content;
-mod digest;
+pub mod digest;
 mod documents;
 mod erofs;
-mod error;
+pub mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod hostdir;
 mod index;
-mod layer;
-mod limits;
+pub mod layer;
+pub mod limits;
 mod merge;
 mod name;
 #[cfg(not(fuzzing))]
@@ -38,6 +38,7 @@ mod obtain;
 mod reference;
 #[cfg(not(fuzzing))]
 mod registry;
+pub mod sink;
 mod store;
 mod tree;
 

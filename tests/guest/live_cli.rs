@@ -251,6 +251,10 @@ fn a_container_that_runs_becomes_a_template() {
     let after = count(root, "source");
     until("it has gone on", || count(root, "source") > after + 50);
     said(root, &["template", "inspect", "--verify", "then"]);
+    // Of its memory only what it has written is new on the disk.
+    let memory = |name: &str| root.join("templates").join(name).join("memory");
+    let ino = |name: &str| memory(name).metadata().expect("stats").ino();
+    assert_eq!(ino("then"), ino("default-256m-1c"));
     let mut generations = BTreeSet::new();
     for name in ["one", "two"] {
         said(root, &["run", "-d", "--template", "then", "--name", name]);
@@ -272,6 +276,19 @@ fn a_container_that_runs_becomes_a_template() {
         root,
         &["rm", "-f", "source", "one", "two", "one-fork", "two-fork"],
     );
+    // And through an archive.
+    let archive = root.join("then.tar").display().to_string();
+    said(root, &["template", "export", "then", "-o", &archive]);
+    said(root, &["template", "rm", "then"]);
+    assert_eq!(said(root, &["template", "import", "-i", &archive]), "then");
+    said(
+        root,
+        &["run", "-d", "--template", "then", "--name", "three"],
+    );
+    let now = count(root, "three");
+    assert!(now >= before, "{now} of {before}");
+    until("it goes on", || count(root, "three") > now);
+    said(root, &["rm", "-f", "three"]);
     said(root, &["template", "rm", "then"]);
 }
 

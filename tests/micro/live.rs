@@ -10,7 +10,7 @@ use std::time::Duration;
 const MIB: u64 = 1 << 20;
 
 /// Two mebibytes in runs, and single pages as fast as it can.
-const LOAD: LiveLoad = LiveLoad {
+pub const LOAD: LiveLoad = LiveLoad {
     first: 16 * MIB,
     runs: 32,
     stride: MIB,
@@ -31,7 +31,7 @@ const SPREADS: LiveLoad = LiveLoad {
     ..LOAD
 };
 
-fn template(load: &LiveLoad) -> Template {
+pub fn template(load: &LiveLoad) -> Template {
     let host = Arc::new(Host::open().expect("these tests need /dev/kvm"));
     let spec = BootSpec {
         memory: 64 * MIB,
@@ -48,7 +48,7 @@ fn workers(jail: Jail) -> Place {
 }
 
 /// It has written its runs, and goes on to write single pages.
-fn begins(child: &mut Child) {
+pub fn begins(child: &mut Child) {
     child.answer().expect("answers");
     child.unpause().expect("goes on");
     std::thread::sleep(Duration::from_millis(5));

@@ -9,30 +9,38 @@ use vmm::{Image, Run, VmState};
 
 /// The longest record, in bytes: some ten kilobytes for each vCPU, and five for each run
 /// of pages.
-const RECORD_MAX: u64 = 16 << 20;
+pub(crate) const RECORD_MAX: u64 = 16 << 20;
 
 /// What is no memory: the state, and which pages are in which layer.
 pub(crate) type Record = (Option<VmState>, Vec<Vec<Run>>);
 
+/// All but the files of the memory, as bytes.
+pub(crate) fn record_bytes(state: Option<&VmState>, image: &Image) -> io::Result<Vec<u8>> {
+    bytes_of(state, image.layers().map(|(_, runs)| runs).collect())
+}
+
 /// Writes all but the files of the memory; without a state of one that still runs.
 pub(crate) fn write_record(state: Option<&VmState>, image: &Image) -> io::Result<File> {
-    let layers = image.layers().map(|(_, runs)| runs).collect();
-    write(state, layers)
+    sealed(&record_bytes(state, image)?)
 }
 
 /// The same of one layer over what its reader knows.
 pub(crate) fn write_layer_record(state: Option<&VmState>, runs: Vec<Run>) -> io::Result<File> {
-    write(state, vec![runs])
+    sealed(&bytes_of(state, vec![runs])?)
 }
 
-fn write(state: Option<&VmState>, layers: Vec<Vec<Run>>) -> io::Result<File> {
-    let bytes = postcard::to_stdvec(&(state, layers)).map_err(io::Error::other)?;
-    sealed(&bytes)
+fn bytes_of(state: Option<&VmState>, layers: Vec<Vec<Run>>) -> io::Result<Vec<u8>> {
+    postcard::to_stdvec(&(state, layers)).map_err(io::Error::other)
+}
+
+/// Reads a record from its bytes.
+pub(crate) fn parse_record(bytes: &[u8]) -> io::Result<Record> {
+    postcard::from_bytes(bytes).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// Reads a record from a file that was written here, maybe by another process.
 pub(crate) fn read_record(file: &File) -> io::Result<Record> {
-    postcard::from_bytes(&contents(file)?).map_err(|_| io::ErrorKind::InvalidData.into())
+    parse_record(&contents(file)?)
 }
 
 /// The descriptors of a picture whose record was written.
@@ -63,7 +71,7 @@ pub(crate) fn read(
     for runs in layers {
         let file = files.next().ok_or("a picture without a layer")?;
         let with = match state {
-            Some(_) => image.with_layer(file, &runs),
+            Some(_) => image.with_layer_handed_over(file, &runs),
             None => image.with_growing(file, &runs),
         };
         image = with.map_err(|e| e.to_string())?;

@@ -8,16 +8,17 @@
 use super::Store;
 use crate::image::digest::{HashReader, Hasher, hex};
 use crate::image::documents::parse;
-use crate::image::error::{Context, ImageError, Result};
+use crate::image::error::{Context, Result};
 use crate::image::index::{Index, Record, sync_directory};
 use crate::image::name::Name;
+use crate::image::sink::{FolderSink, LAYOUT, Sink, TarSink};
 use crate::progress::Progress;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// What `image save` writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -52,16 +53,13 @@ impl Store {
     ) -> Result<()> {
         let _busy = self.busy()?;
         let images = self.find_saved(wanted)?;
-        let mut tar = TarSink(tar::Builder::new(out));
+        let mut tar = TarSink::new(out);
         self.write_layout(&images, &mut tar, progress)?;
         if format == Format::DockerArchive {
             let bytes = docker_manifest(&images)?.to_string();
-            tar.member("manifest.json", bytes.len() as u64, &mut bytes.as_bytes())?;
+            tar.document("manifest.json", bytes.as_bytes())?;
         }
-        tar.0
-            .into_inner()
-            .and_then(|out| out.flush())
-            .context(|| "write the archive".to_owned())
+        tar.finish()
     }
 
     /// Writes images as an OCI layout in the directory `target`, which must be
@@ -89,7 +87,7 @@ impl Store {
             .context(shown)?;
         let blobs = new.path().join("blobs/sha256");
         fs::create_dir_all(&blobs).context(shown)?;
-        self.write_layout(&images, &mut FolderSink(new.path().to_owned()), progress)?;
+        self.write_layout(&images, &mut FolderSink::new(new.path()), progress)?;
         for folder in [&blobs, &new.path().join("blobs"), new.path()] {
             sync_directory(folder)?;
         }
@@ -134,8 +132,7 @@ impl Store {
         sink: &mut dyn Sink,
         progress: &dyn Progress,
     ) -> Result<()> {
-        let layout = br#"{"imageLayoutVersion":"1.0.0"}"#;
-        sink.member("oci-layout", layout.len() as u64, &mut layout.as_slice())?;
+        sink.document("oci-layout", LAYOUT)?;
         let blobs: BTreeSet<&String> = images
             .iter()
             .flat_map(|image| image.record.blobs())
@@ -154,7 +151,7 @@ impl Store {
             progress.end();
         }
         let index = self.layout_index(images)?.to_string();
-        sink.member("index.json", index.len() as u64, &mut index.as_bytes())
+        sink.document("index.json", index.as_bytes())
     }
 
     /// A descriptor for each name, with the annotations by which docker and
@@ -212,41 +209,4 @@ fn docker_manifest(images: &[Saved]) -> Result<Value> {
         }))
     });
     images.collect::<Result<Vec<Value>>>().map(Value::from)
-}
-
-/// Takes the members of a layout.
-trait Sink {
-    fn member(&mut self, name: &str, size: u64, content: &mut dyn Read) -> Result<()>;
-}
-
-struct TarSink<'a>(tar::Builder<&'a mut dyn Write>);
-
-impl Sink for TarSink<'_> {
-    fn member(&mut self, name: &str, size: u64, content: &mut dyn Read) -> Result<()> {
-        // GNU's header holds sizes above 8 GiB. Time and owner are the same for all,
-        // so that the same images give the same archive.
-        let mut header = tar::Header::new_gnu();
-        header.set_mode(0o644);
-        header.set_size(size);
-        header.set_uid(0);
-        header.set_gid(0);
-        header.set_mtime(0);
-        self.0
-            .append_data(&mut header, name, content)
-            .context(|| format!("write {name} into the archive"))
-    }
-}
-
-struct FolderSink(PathBuf);
-
-impl Sink for FolderSink {
-    fn member(&mut self, name: &str, size: u64, content: &mut dyn Read) -> Result<()> {
-        let what = || format!("write {name}");
-        let mut file = File::create_new(self.0.join(name)).context(what)?;
-        let copied = std::io::copy(content, &mut file).context(what)?;
-        if copied != size {
-            return Err(ImageError::Changed(name.to_owned()));
-        }
-        file.sync_all().context(what)
-    }
 }

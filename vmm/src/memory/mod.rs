@@ -11,12 +11,14 @@
 //! ```
 
 mod image;
+mod merge;
 #[allow(unsafe_code)]
 mod overlay;
 mod pages;
 
 pub(crate) use image::Layer;
-pub use image::{Image, LAYERS_MAX, Merged};
+pub use image::{Image, LAYERS_MAX};
+pub use merge::Merged;
 pub(crate) use pages::PageSet;
 pub use pages::Run;
 

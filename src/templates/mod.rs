@@ -1,7 +1,16 @@
 //! `vm-run template ...`, and the default template of `run`.
 
+mod artifact;
+mod export;
+mod import;
+mod pieces;
+
 use crate::args::size;
 use crate::guest::{self, GuestArgs};
+use crate::image::archive::{Archive, Input};
+use crate::image::layer::Scratch;
+use crate::image::limits::Limits;
+use crate::output;
 use crate::progress::{Bar, Progress};
 use crate::warm::{self, WarmArgs};
 use anyhow::{Context, Result, bail};
@@ -9,7 +18,7 @@ use clap::Subcommand;
 use fork::{BootSpec, Host, Manifest, Template};
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,9 +62,27 @@ pub enum TemplateCommand {
     Inspect {
         /// Its name
         name: String,
-        /// Read all of its memory, and check it
+        /// Read all of it, and check it
         #[arg(long)]
         verify: bool,
+    },
+    /// Write a template into an archive, to standard output if it is no terminal
+    Export {
+        /// Its name
+        name: String,
+        /// The file to write: a tar of an OCI image layout
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Take a template from an archive that export has written
+    Import {
+        /// The archive, or the directory of an OCI image layout; `-` or nothing for
+        /// standard input
+        #[arg(short, long, value_name = "FILE")]
+        input: Option<PathBuf>,
+        /// The template's name [default: the one that it was exported by]
+        #[arg(long)]
+        name: Option<String>,
     },
     /// Remove templates
     Rm {
@@ -123,9 +150,24 @@ pub fn cli(command: TemplateCommand, root: &Path) -> Result<()> {
             let dir = shelf.existing(&name)?;
             let manifest = Manifest::read(&dir)?;
             if verify {
-                manifest.verify_memory(&dir)?;
+                manifest.verify(&dir)?;
             }
             writeln!(out, "{}", serde_json::to_string_pretty(&manifest)?)?;
+        }
+        TemplateCommand::Export { name, output } => {
+            let dir = shelf.existing(&name)?;
+            let bar = Bar::default();
+            output::write_archive(output.as_deref(), |out| {
+                export::export(&name, &dir, out, &shelf.0, &bar)
+            })
+            .with_context(|| format!("cannot export {name}"))?;
+        }
+        TemplateCommand::Import { input, name } => {
+            let input = input.filter(|path| path != Path::new("-"));
+            let shown = input.as_deref().unwrap_or(Path::new("standard input"));
+            let name = take_in(&shelf, input.as_deref(), name)
+                .with_context(|| format!("cannot import {}", shown.display()))?;
+            writeln!(out, "{name}")?;
         }
         TemplateCommand::Rm { names } => {
             let _lock = shelf.lock()?;
@@ -221,6 +263,13 @@ pub fn default_name(machine: &MachineArgs, domain: &str) -> Result<String> {
         fork::DEFAULT_DOMAIN => name,
         other => format!("{other}.{name}"),
     })
+}
+
+/// Whether [`default_name`] could give this name.
+fn is_default(name: &str) -> bool {
+    name.split('.')
+        .next_back()
+        .is_some_and(|last| last.starts_with("default-"))
 }
 
 /// What is legal in an image's name and not in a template's becomes a `-`.
@@ -364,6 +413,55 @@ fn save(template: &Template, dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Takes a template in from an archive, and returns its name.
+fn take_in(shelf: &Shelf, input: Option<&Path>, name: Option<String>) -> Result<String> {
+    let bar = Bar::default();
+    let limits = Limits::default();
+    let scratch = Scratch {
+        directory: &shelf.0,
+        limits: &limits,
+        progress: &bar,
+    };
+    let archive = match input {
+        Some(path) => Archive::open(Input::Path(path), &scratch)?,
+        None => {
+            let mut stdin = std::io::stdin().lock();
+            if stdin.is_terminal() {
+                bail!("nothing to import: give -i FILE, or an archive on standard input");
+            }
+            Archive::open(Input::Reader(&mut stdin), &scratch)?
+        }
+    };
+    let found = import::find(&archive, &limits)?;
+    check_name("trust domain", &found.manifest.domain)?;
+    let name = match (name, &found.name) {
+        (Some(name), _) => name,
+        (None, None) => bail!("the archive does not name it: give it a name with --name"),
+        (None, Some(name)) if is_default(name) => bail!(
+            "{name:?} is the name of a template that run takes by itself: choose one with --name"
+        ),
+        (None, Some(name)) => name.clone(),
+    };
+    let _lock = shelf.lock()?;
+    let dir = shelf.free(&name)?;
+    let beside = tempfile::Builder::new()
+        .prefix(".new-")
+        .tempdir_in(&shelf.0)
+        .with_context(|| format!("cannot write to {}", shelf.0.display()))?;
+    import::unpack(&archive, &found, beside.path(), &bar)?;
+    fork::rename_into_place(beside, &dir)?;
+    drop(bar);
+    match Host::open() {
+        Ok(host) => {
+            if let Err(error) = found.manifest.check_cpu(&dir, &host.cpu()) {
+                eprintln!("vm-run: this host cannot run it: {error}");
+            }
+        }
+        Err(error) => eprintln!("vm-run: it cannot be told whether this host can run it: {error}"),
+    }
+    Ok(name)
+}
+
 fn list(shelf: &Shelf, json: bool, out: &mut impl Write) -> Result<()> {
     let mut names: Vec<String> = fs::read_dir(&shelf.0)?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
@@ -452,5 +550,7 @@ mod tests {
         assert_eq!(name("default").expect("legal"), "default-256m-1c");
         assert_eq!(name("tenant").expect("legal"), "tenant.default-256m-1c");
         assert!(name("../x").is_err());
+        assert!(is_default("default-256m-1c") && is_default("a.b.default-512m-2c"));
+        assert!(!is_default("mine") && !is_default("default"));
     }
 }
