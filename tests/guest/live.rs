@@ -218,11 +218,11 @@ const MANY_MEBIBYTES: &str = "64";
 fn memory_is_right_after_many_forks() {
     let many = std::env::var("VM_RUN_TEST_FORKS").ok();
     let many: Option<usize> = many.and_then(|n| n.parse().ok());
-    let (forks, size) = match many {
-        Some(forks) => (forks, MANY_MEBIBYTES),
-        None => (FORKS, MEBIBYTES),
+    let (vcpus, forks, size) = match many {
+        Some(forks) => (&[1, 2, 4, 8][..], forks / 4, MANY_MEBIBYTES),
+        None => (&[1, 2][..], FORKS, MEBIBYTES),
     };
-    for vcpus in [1, 2] {
+    for &vcpus in vcpus {
         let template = boot(192, vcpus);
         let disks = Disks {
             root: Some(programs_rootfs()),

@@ -55,21 +55,24 @@ pub fn run(args: &Args) -> Result<()> {
         .env("VM_RUN_TEST_CAPTURES", "100000"),
     )?;
     step("programs that people run");
-    test::guest_tests(vmhost::HostKernel::default(), test::WORKLOADS, LONG)?;
+    guest_tests(test::WORKLOADS, &[], None)?;
     step("kills at a hundred moments");
-    guest_tests("kills::", test::KILLS, "100")?;
+    guest_tests("kills::", &[], Some((test::KILLS, "100")))?;
     step("two hundred children of a bare and of a warm template");
-    guest_tests("::many_children_", test::CHILDREN, "200")?;
+    guest_tests("::many_children_", &[], Some((test::CHILDREN, "200")))?;
     step("a hundred containers on one network");
-    guest_tests("networks::many_", test::NETWORKED, "100")?;
+    guest_tests("networks::many_", &[], Some((test::NETWORKED, "100")))?;
     step("a thousand forks of a container that looks at its own memory");
-    guest_tests("live::memory_is_right", test::FORKS, "1000")?;
+    guest_tests("live::memory_is_right", &[], Some((test::FORKS, "1000")))?;
     step("a tree of forks, three hundred steps");
-    guest_tests("live_tree::", test::FORKS, "300")?;
+    guest_tests("live_tree::", &[], Some((test::FORKS, "300")))?;
+    step("forks of what runs, on a host with two CPUs");
+    guest_tests("live::", &["--host-cpus=2"], None)?;
+    guest_tests("live_cli::", &["--host-cpus=2"], None)?;
     step("what root images cost");
-    test::guest_tests(vmhost::HostKernel::default(), test::ROOTS, LONG)?;
+    guest_tests(test::ROOTS, &[], None)?;
     step("the guest tests on the oldest host kernel that is supported");
-    test::guest_tests(vmhost::HostKernel::Linux61, "", LONG)?;
+    guest_tests("", &["--host-kernel=6.1"], None)?;
     step("a user's own kernel: Debian's configuration and the options of docs/kernel.md");
     users_own_kernel()?;
     if args.fuzz > 0 {
@@ -79,14 +82,15 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// The tests that match, with more of what there is to count.
-fn guest_tests(filter: &str, variable: &str, count: &str) -> Result<()> {
+fn guest_tests(filter: &str, more: &[&str], count: Option<(&str, &str)>) -> Result<()> {
     let program = std::env::current_exe().context("this program has no path")?;
-    host::run(
-        Command::new(program)
-            .args(["test", "--guest", filter])
-            .arg(format!("--timeout={LONG}"))
-            .env(variable, count),
-    )
+    let mut command = Command::new(program);
+    command
+        .args(["test", "--guest", filter])
+        .arg(format!("--timeout={LONG}"))
+        .args(more)
+        .envs(count);
+    host::run(&mut command)
 }
 
 /// Boots it, freezes it, and runs a container in a child.

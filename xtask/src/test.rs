@@ -24,6 +24,9 @@ pub struct Args {
     /// The emulated host's kernel
     #[arg(long, value_enum, default_value_t)]
     host_kernel: vmhost::HostKernel,
+    /// The emulated host's CPUs; more than one take turns
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    host_cpus: u8,
     /// How long those that need a guest may take. On hardware they take a minute
     #[arg(long, value_name = "MINUTES", default_value_t = 40)]
     timeout: u64,
@@ -55,8 +58,13 @@ pub fn run(args: &Args) -> Result<()> {
         host::run(cargo(&["test", "--locked", "--workspace"]).current_dir(dir))?;
     }
     step("containers in Linux guests");
-    let filter = args.guest.as_deref().unwrap_or_default();
-    guest_tests(args.host_kernel, filter, args.timeout)
+    let options = Options {
+        host_kernel: args.host_kernel,
+        cpus: args.host_cpus,
+        timeout: Some(Duration::from_secs(args.timeout * 60)),
+        ..Options::default()
+    };
+    guest_tests(args.guest.as_deref().unwrap_or_default(), &options)
 }
 
 fn step(name: &str) {
@@ -75,9 +83,8 @@ pub const FORKS: &str = "VM_RUN_TEST_FORKS";
 /// How many containers are on one network at once; a few if nothing is said.
 pub const NETWORKED: &str = "VM_RUN_TEST_NETWORKED";
 
-/// Runs the tests of Linux guests that match `filter`, for no longer than `timeout`, in
-/// minutes.
-pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str, timeout: u64) -> Result<()> {
+/// Runs the tests of Linux guests that match `filter`.
+pub fn guest_tests(filter: &str, options: &Options) -> Result<()> {
     let guest = guest::ensure()?;
     let prefix = tempfile::tempdir()?;
     install::into(prefix.path())?;
@@ -91,7 +98,7 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str, timeout: u64) 
         ("VM_RUN_TEST_TWINS", twins::ensure()?),
         (
             "VM_RUN_TEST_STOCK_KERNEL",
-            vmhost::stock_kernel(host_kernel)?,
+            vmhost::stock_kernel(options.host_kernel)?,
         ),
         ("VM_RUN_TEST_PREFIX", prefix.path().into()),
         ("VM_RUN_BOOT_TIMEOUT", "60".into()),
@@ -119,10 +126,6 @@ pub fn guest_tests(host_kernel: vmhost::HostKernel, filter: &str, timeout: u64) 
     )?;
     let mut apart = vec![WORKLOADS, ROOTS];
     apart.retain(|apart| !filter.starts_with(apart));
-    let options = Options {
-        host_kernel,
-        timeout: Some(Duration::from_secs(timeout * 60)),
-        ..Options::default()
-    };
-    shards::run(&test, &env, &shards::list(&test, filter, &apart)?, &options)
+    let names = shards::list(&test, filter, &apart)?;
+    shards::run(&test, &env, &names, options)
 }

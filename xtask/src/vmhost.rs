@@ -45,6 +45,9 @@ pub struct Args {
     /// The emulated host's memory
     #[arg(long, default_value_t = DEFAULT_MEMORY_MIB, value_name = "MIB")]
     memory: u32,
+    /// The emulated host's CPUs; more than one take turns
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    cpus: u8,
     /// Kill the command after this time, the emulated host's boot included, and exit with 124
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
@@ -104,6 +107,9 @@ pub struct Options {
     pub host_kernel: HostKernel,
     /// The emulated host's memory in MiB.
     pub memory_mib: u32,
+    /// How many CPUs the emulated host has. More than one are emulated by one thread, in
+    /// turns: side by side, a second one hangs in KVM_CREATE_VM.
+    pub cpus: u8,
     /// The longest that boot and command may take together.
     pub timeout: Option<Duration>,
     /// What the command reads.
@@ -119,6 +125,7 @@ impl Default for Options {
             emulate: false,
             host_kernel: HostKernel::default(),
             memory_mib: DEFAULT_MEMORY_MIB,
+            cpus: 1,
             timeout: None,
             stdin: Stdin::default(),
             label: None,
@@ -144,6 +151,7 @@ pub fn run(args: &Args) -> Result<()> {
         emulate: args.emulate,
         host_kernel: args.host_kernel,
         memory_mib: args.memory,
+        cpus: args.cpus,
         timeout: args.timeout.map(Duration::from_secs),
         stdin,
         label: None,

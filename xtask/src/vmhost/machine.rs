@@ -136,7 +136,7 @@ impl Machine {
             .args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"])
             .args(qemu_arguments(
                 image,
-                options.memory_mib,
+                options,
                 ports.map(AsRawFd::as_raw_fd),
                 request_file.as_raw_fd(),
             ))
@@ -253,23 +253,18 @@ impl Machine {
 /// QEMU's command line. `ports` are the descriptors for [`Port::ALL`].
 fn qemu_arguments(
     image: &Image,
-    memory_mib: u32,
+    options: &Options,
     ports: [i32; Port::ALL.len()],
     request: i32,
 ) -> Vec<OsString> {
-    // The machine: one CPU, because a second one hangs in KVM_CREATE_VM under thread=multi.
     let mut arguments: Vec<OsString> = [
         "-nodefaults",
         "-no-user-config",
         "-no-reboot",
         "-display",
         "none",
-        "-accel",
-        "tcg,thread=multi,tb-size=1024",
         "-cpu",
         "max,la57=off",
-        "-smp",
-        "1",
         "-chardev",
         "stdio,id=console,signal=off",
         "-serial",
@@ -288,7 +283,11 @@ fn qemu_arguments(
     .map(OsString::from)
     .to_vec();
     let mut option = |name: &str, value: OsString| arguments.extend([name.into(), value]);
-    option("-m", memory_mib.to_string().into());
+    // See Options::cpus.
+    let thread = if options.cpus == 1 { "multi" } else { "single" };
+    option("-accel", format!("tcg,thread={thread},tb-size=1024").into());
+    option("-smp", options.cpus.to_string().into());
+    option("-m", options.memory_mib.to_string().into());
     option("-kernel", image.vmlinux.clone().into());
     option("-initrd", image.initramfs.clone().into());
     option(
@@ -481,9 +480,14 @@ mod tests {
             initramfs: PathBuf::from("/c/initramfs"),
             modules: PathBuf::from("/c/modules"),
         };
-        let arguments = qemu_arguments(&image, 512, [10, 11, 12, 13], 14);
+        let options = Options {
+            memory_mib: 512,
+            ..Options::default()
+        };
+        let arguments = qemu_arguments(&image, &options, [10, 11, 12, 13], 14);
         let has = |name: &str, value: &str| arguments.windows(2).any(|pair| pair == [name, value]);
         assert!(has("-m", "512"));
+        assert!(has("-smp", "1"));
         assert!(has("-kernel", "/c/vmlinux"));
         assert!(has("-initrd", "/c/initramfs"));
         assert!(has(
