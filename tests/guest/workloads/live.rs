@@ -85,6 +85,36 @@ fn gcc_in_the_middle_of_a_program() {
 }
 
 #[test]
+fn fio_in_the_middle_of_what_it_verifies() {
+    // Past the guest's page cache, on the container's disk; one that finds another block
+    // than it has written ends at once, with an error.
+    let job = [
+        "fio",
+        "--name=it",
+        "--filename=/file",
+        "--size=8m",
+        "--bs=4k",
+        "--rw=randwrite",
+        "--loops=3",
+        "--direct=1",
+        "--fsync=64",
+        "--ioengine=psync",
+        "--thread",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+    ];
+    let fio = Workload::new("fio");
+    fio.starts(&[], &job);
+    let blocks = |text: &str| text.trim().parse::<u64>().is_ok_and(|blocks| blocks > 4000);
+    fio.until("it", &["stat", "-c", "%b", "/file"], blocks);
+    fio.forks();
+    for said in fio.all_end("0\n") {
+        assert!(said.contains("err= 0"), "{said}");
+    }
+    fio.ends_forks();
+}
+
+#[test]
 fn python_in_a_loop() {
     const SCRIPT: &str = r#"
 import hashlib, threading, time
