@@ -101,6 +101,7 @@ fn fio_in_the_middle_of_what_it_verifies() {
         "--ioengine=psync",
         "--thread",
         "--verify=crc32c",
+        "--verify_backlog=256",
         "--verify_fatal=1",
     ];
     let fio = Workload::new("fio");
