@@ -12,7 +12,7 @@
 
 use super::WRITABLE;
 use anyhow::{Context, Result, bail};
-use fork::{DiskFiles, format_overlay, merge_overlays};
+use fork::{DISK_LAYERS_MAX, DiskFiles, format_overlay, merge_overlays};
 use rustix::fs::{AtFlags, CWD, RenameFlags, linkat, renameat_with};
 use rustix::io::Errno;
 use std::fs::{self, File};
@@ -78,8 +78,13 @@ impl Layers {
     /// Makes the file in which a disk that has so many layers goes on.
     ///
     /// # Errors
-    /// What the file system says.
+    /// More layers than a disk may have, or what the file system says.
     pub fn add_top(&self, count: usize) -> Result<File> {
+        if count >= DISK_LAYERS_MAX {
+            bail!(
+                "its disk has {count} layers, which are being made one: fork it again in a moment"
+            );
+        }
         let layers = self.dir.join(LAYERS);
         if layers.is_dir() {
             let size = size_of(&layers.join("0"))?;
