@@ -35,6 +35,11 @@ pub struct Layers {
 }
 
 impl Layers {
+    /// Whether it is to be there after a crash of the host.
+    pub fn is_durable(&self) -> bool {
+        self.durable
+    }
+
     pub fn of(dir: &Path, durable: bool) -> Self {
         Self {
             dir: dir.to_owned(),

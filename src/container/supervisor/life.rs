@@ -373,6 +373,24 @@ impl Life {
         Ok(())
     }
 
+    /// In the background: has what was just covered on the disk. What tells of its blocks
+    /// was written before they are there, so a host that loses its power now would lose
+    /// more than the guest has not flushed.
+    fn sync_covered(&self) -> Result<()> {
+        let [.., covered, _] = self.child.layers() else {
+            return Ok(());
+        };
+        if !self.disk.is_durable() {
+            return Ok(());
+        }
+        let covered = covered.try_clone().context("dup")?;
+        spawn("sync", move || {
+            if let Err(error) = covered.sync_data() {
+                log::error!("what lies below its disk's new layer is not synced: {error}");
+            }
+        })
+    }
+
     fn merged(&mut self, count: usize, merged: Result<File>) -> Result<()> {
         self.is_merging = false;
         self.child.replace_layers(count, merged?)?;
@@ -396,6 +414,9 @@ impl Life {
             count => Some(self.disk.add_top(count)?),
         };
         let (template, _) = self.child.capture(&self.spec.image, top)?;
+        if let Err(error) = self.sync_covered() {
+            log::error!("what lies below its disk's new layer is not synced: {error:#}");
+        }
         if let Err(error) = self.begin_merging() {
             log::error!("the layers of its disk stay as they are: {error:#}");
         }
