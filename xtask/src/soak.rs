@@ -66,9 +66,6 @@ pub fn run(args: &Args) -> Result<()> {
     guest_tests("live::memory_is_right", &[], Some((test::FORKS, "1000")))?;
     step("a tree of forks, three hundred steps");
     guest_tests("live_tree::", &[], Some((test::FORKS, "300")))?;
-    step("forks of what runs, on a host with two CPUs");
-    guest_tests("live::", &["--host-cpus=2"], None)?;
-    guest_tests("live_cli::", &["--host-cpus=2"], None)?;
     step("what root images cost");
     guest_tests(test::ROOTS, &[], None)?;
     step("the guest tests on the oldest host kernel that is supported");

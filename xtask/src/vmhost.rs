@@ -108,7 +108,8 @@ pub struct Options {
     /// The emulated host's memory in MiB.
     pub memory_mib: u32,
     /// How many CPUs the emulated host has. More than one are emulated by one thread, in
-    /// turns: side by side, a second one hangs in KVM_CREATE_VM.
+    /// turns: side by side, a second one hangs in KVM_CREATE_VM. In turns too guests hang now
+    /// and then, already while they boot: no suite passes there.
     pub cpus: u8,
     /// The longest that boot and command may take together.
     pub timeout: Option<Duration>,
