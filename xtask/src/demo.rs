@@ -153,7 +153,9 @@ fn stage_table(children: &[serde_json::Value]) -> String {
     text.push('\n');
     let names = children.first().and_then(|c| c.as_object());
     for name in names.into_iter().flat_map(|o| o.keys()) {
-        if name == "fork_asked" {
+        // A container's supervisor does not tell when it saw the end.
+        let is_known = children.iter().any(|child| child[name].is_number());
+        if name == "fork_asked" || !is_known {
             continue;
         }
         text += &format!("{name:<20}");
@@ -177,8 +179,8 @@ mod tests {
     #[test]
     fn stages_count_from_the_fork_and_may_be_missing() {
         let children = [
-            json!({ "fork_asked": 1000.0, "vm_made": 3500.0, "first_output": null }),
-            json!({ "fork_asked": 0.0, "vm_made": 1000.0, "first_output": 2000.0 }),
+            json!({ "fork_asked": 1000.0, "vm_made": 3500.0, "first_output": null, "gone": null }),
+            json!({ "fork_asked": 0.0, "vm_made": 1000.0, "first_output": 2000.0, "gone": null }),
         ];
         let table = stage_table(&children);
         let rows: Vec<Vec<&str>> = table
