@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
-/// The most emulated hosts at once: each has memory of its own.
+/// The most emulated hosts at once.
 const HOSTS_MAX: usize = 2;
+/// What each takes beside its memory, in MiB: QEMU's translations, and what is outside of it.
+const BESIDE_MIB: u64 = 2048;
 
 /// The tests of a test program whose names have `filter` in them, and do not have `skip`.
 pub fn list(test: &Path, filter: &str, skip: &[&str]) -> Result<Vec<String>> {
@@ -32,7 +34,7 @@ pub fn list(test: &Path, filter: &str, skip: &[&str]) -> Result<Vec<String>> {
 }
 
 /// Runs these tests of a test program, each with `env`; where they need an emulated host,
-/// in as many as there are cores for.
+/// in as many as there are cores and memory for.
 pub fn run(
     test: &Path,
     env: &[(&str, PathBuf)],
@@ -43,7 +45,7 @@ pub fn run(
         None => 1,
         Some(_) => thread::available_parallelism()?.get().min(HOSTS_MAX),
     };
-    let hosts = hosts.min(names.len());
+    let hosts = hosts.min(names.len()).min(room(options)).max(1);
     if hosts == 1 {
         return end(vmhost::run_command(&argv(test, env, names), options)?);
     }
@@ -68,6 +70,13 @@ pub fn run(
         end(status?)?;
     }
     Ok(())
+}
+
+/// For how many emulated hosts this machine has memory.
+fn room(options: &Options) -> usize {
+    let found = rustix::system::sysinfo();
+    let mib = (found.totalram * u64::from(found.mem_unit)) >> 20;
+    (mib / (u64::from(options.memory_mib) + BESIDE_MIB)) as usize
 }
 
 fn end(status: u8) -> Result<()> {
