@@ -12,7 +12,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::io::{Errno, IoSlice};
+use rustix::io::{Errno, IoSlice, retry_on_intr};
 use rustix::net::sockopt::socket_type;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketType, sendmsg};
 use serde::{Deserialize, Serialize};
@@ -229,8 +229,10 @@ fn send_claim(server: BorrowedFd<'_>, claim: BorrowedFd<'_>) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     control.push(SendAncillaryMessage::ScmRights(&with));
-    let flags = SendFlags::NOSIGNAL;
-    if sendmsg(server, &[IoSlice::new(&header)], &mut control, flags)? != IN_HEADER {
+    let (packet, flags) = ([IoSlice::new(&header)], SendFlags::NOSIGNAL);
+    // As the vectored calls of all other requests (`iov.rs`).
+    let sent = retry_on_intr(|| sendmsg(server, &packet, &mut control, flags))?;
+    if sent != IN_HEADER {
         return Err(io::ErrorKind::WriteZero.into());
     }
     let mut done = [0; OUT_HEADER];
