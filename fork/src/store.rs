@@ -65,9 +65,14 @@ pub(crate) struct Opened {
 }
 
 pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<Opened, Error> {
-    let (state, layers) = read_state(dir, manifest)?;
+    open_with_pages(dir, manifest).map(|(opened, _)| opened)
+}
+
+/// The same, and the pages of each layer of the memory.
+fn open_with_pages(dir: &Path, manifest: &Manifest) -> Result<(Opened, Vec<Vec<Run>>), Error> {
+    let (state, pages) = read_state(dir, manifest)?;
     state.check()?;
-    let image = open_memory(dir, manifest, &layers)?;
+    let image = open_memory(dir, manifest, &pages)?;
     if manifest.kind == Kind::Warm && manifest.root.is_none() {
         return Err(spoilt(dir, "it has no root image"));
     }
@@ -78,18 +83,14 @@ pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<Opened, Error> {
     }
     let layers = manifest.layers.iter().enumerate();
     let layers = layers.map(|(number, part)| open_part(dir, &layer_name(number), part));
-    Ok(Opened {
+    let opened = Opened {
         image,
         state,
         root,
         layers: layers.collect::<Result<_, _>>()?,
         empty_disk: read_disk(dir, manifest)?,
-    })
-}
-
-/// What [`open`] checks.
-fn check(dir: &Path, manifest: &Manifest) -> Result<(), Error> {
-    open(dir, manifest).map(drop)
+    };
+    Ok((opened, pages))
 }
 
 /// The state, and the pages of each layer of the memory.

@@ -143,12 +143,12 @@ impl Child {
         image: &str,
         overlay: Option<File>,
     ) -> Result<(Arc<TemplateInfo>, CaptureSpec), Error> {
+        let mut spec = CaptureSpec {
+            overlay,
+            claim: None,
+            stays_paused: self.is_paused,
+        };
         if self.template.kind == Kind::Micro {
-            let spec = CaptureSpec {
-                overlay,
-                claim: None,
-                stays_paused: self.is_paused,
-            };
             return match self.phase {
                 Phase::Poisoned => Err(Error::State(POISONED)),
                 _ => Ok((Arc::clone(&self.template), spec)),
@@ -168,12 +168,11 @@ impl Child {
         };
         let layers = self.born.layers.iter().map(File::try_clone);
         let layers = layers.collect::<Result<_, _>>().map_err(Error::Process)?;
-        let (volumes, claim) = match self.born.has_volumes {
-            true => Claim::new()
-                .map(|(ours, theirs)| (Some(ours), Some(theirs)))
-                .map_err(Error::Process)?,
-            false => (None, None),
-        };
+        let mut volumes = None;
+        if self.born.has_volumes {
+            let (ours, theirs) = Claim::new().map_err(Error::Process)?;
+            (volumes, spec.claim) = (Some(ours), Some(theirs));
+        }
         let info = TemplateInfo {
             live: Some(Live {
                 disk: self.born.slot,
@@ -181,11 +180,6 @@ impl Child {
             layers,
             volumes,
             ..self.template.with_container(container, root)
-        };
-        let spec = CaptureSpec {
-            overlay,
-            claim,
-            stays_paused: self.is_paused,
         };
         Ok((Arc::new(info), spec))
     }

@@ -1,7 +1,7 @@
 //! What `manifest.json` says.
 
 use super::files::{self, Part, part_of, read_bounded, whole};
-use super::{DISK, FORMAT, MANIFEST, MEMORY, ROOT, STATE, check, read_state};
+use super::{DISK, FORMAT, MANIFEST, MEMORY, ROOT, STATE, open_with_pages};
 use crate::error::Error;
 use crate::template::{Kind, Live, Warm};
 use serde::{Deserialize, Serialize};
@@ -178,9 +178,8 @@ impl Manifest {
     /// # Errors
     /// A file that is not what was written, by name.
     pub fn verify(&self, dir: &Path) -> Result<(), Error> {
-        check(dir, self)?;
-        let (_, layers) = read_state(dir, self)?;
-        let mut layers = layers.iter();
+        let (_, pages) = open_with_pages(dir, self)?;
+        let mut layers = pages.iter();
         for NamedPart {
             name,
             content,

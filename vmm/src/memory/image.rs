@@ -101,7 +101,7 @@ impl Image {
     /// As [`Self::with_layer`].
     pub fn with_layer_handed_over(&self, file: File, runs: &[Run]) -> Result<Self, Error> {
         match is_read_only(&file)? {
-            true => self.with_layer_from_disk(file, runs),
+            true => self.with_growing(file, runs),
             false => self.with_layer(file, runs),
         }
     }
