@@ -117,16 +117,25 @@ impl Fs {
     /// end of `claim` is open: for those who go on as this guest does. The guest is stopped.
     ///
     /// # Errors
-    /// A device without a server, or a server that does not do it.
+    /// A device without a server, or one that does not do it: it goes on serving if it has
+    /// said so.
     pub fn claim(&mut self, claim: OwnedFd) -> io::Result<()> {
         let gone = || io::Error::new(io::ErrorKind::NotConnected, "the server has ended");
         let server = self.server.as_ref().ok_or_else(gone)?;
-        let claimed = send_claim(server.as_fd(), claim.as_fd());
-        if claimed.is_err() {
-            // Whatever it says next is an answer to nobody.
-            self.server = None;
+        match ask_to_keep(server.as_fd(), claim.as_fd()) {
+            Ok(0) => Ok(()),
+            Ok(error) => {
+                let why = io::Error::from_raw_os_error(-error);
+                Err(io::Error::other(format!(
+                    "the server does not keep it: {why}"
+                )))
+            }
+            Err(why) => {
+                // Whatever it says next is an answer to nobody.
+                self.server = None;
+                Err(why)
+            }
         }
-        claimed
     }
 
     /// Carries out one request, and gives the number of bytes written to it.
@@ -220,8 +229,8 @@ impl Header {
     }
 }
 
-/// See [`Fs::claim`].
-fn send_claim(server: BorrowedFd<'_>, claim: BorrowedFd<'_>) -> io::Result<()> {
+/// See [`Fs::claim`]. The error that the server answers with, negative, or 0.
+fn ask_to_keep(server: BorrowedFd<'_>, claim: BorrowedFd<'_>) -> io::Result<i32> {
     let mut header = [0; IN_HEADER];
     header[..4].copy_from_slice(&(IN_HEADER as u32).to_le_bytes());
     header[4..8].copy_from_slice(&OP_CLAIM.to_le_bytes());
@@ -235,14 +244,9 @@ fn send_claim(server: BorrowedFd<'_>, claim: BorrowedFd<'_>) -> io::Result<()> {
     if sent != IN_HEADER {
         return Err(io::ErrorKind::WriteZero.into());
     }
-    let mut done = [0; OUT_HEADER];
-    done[..4].copy_from_slice(&(OUT_HEADER as u32).to_le_bytes());
     let mut answer = [0; OUT_HEADER];
     let got = iov::receive_packet(server, &mut answer, &[])?;
-    if got != OUT_HEADER || answer != done {
-        return Err(io::Error::other("the server does not keep it"));
-    }
-    Ok(())
+    check_answer(&answer, got, OUT_HEADER, 0)
 }
 
 /// Sends a request, and waits for its answer if it has one.
@@ -260,28 +264,36 @@ fn ask(
         return Ok(answer);
     }
     // A copy of the buffers without the header's place: it is written when it is checked.
-    let room = chain.writable.len() - OUT_HEADER;
+    let room = chain.writable.len();
     let data = chain.writable.split_off(OUT_HEADER);
     let got = iov::receive_packet(server, &mut answer, data.slices())?;
+    check_answer(&answer, got, room, header.unique)?;
+    Ok(answer)
+}
+
+/// The error, negative or 0, of an answer of `got` bytes to the request `asked`, which has
+/// `room` for so many.
+fn check_answer(answer: &[u8; OUT_HEADER], got: usize, room: usize, asked: u64) -> io::Result<i32> {
     let odd = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what);
-    let [l0, l1, l2, l3, e0, e1, e2, e3, unique @ ..] = answer;
+    let &[l0, l1, l2, l3, e0, e1, e2, e3, unique @ ..] = answer;
     match got {
         0 => return Err(io::ErrorKind::UnexpectedEof.into()),
         1..OUT_HEADER => return Err(odd("its answer has no header")),
-        _ if got - OUT_HEADER > room => return Err(odd("its answer is too long")),
+        _ if got > room => return Err(odd("its answer is too long")),
         _ => {}
     }
     if u32::from_le_bytes([l0, l1, l2, l3]) as usize != got {
         return Err(odd("its answer is not as long as it says"));
     }
-    if u64::from_le_bytes(unique) != header.unique {
+    if u64::from_le_bytes(unique) != asked {
         return Err(odd("it answers another request"));
     }
     // An error, if any, of those that the guest's kernel takes (fuse_dev_do_write).
-    if !(-511..=0).contains(&i32::from_le_bytes([e0, e1, e2, e3])) {
+    let error = i32::from_le_bytes([e0, e1, e2, e3]);
+    if !(-511..=0).contains(&error) {
         return Err(odd("its answer is no error that there is"));
     }
-    Ok(answer)
+    Ok(error)
 }
 
 /// The answer to a request that cannot be carried out.

@@ -225,13 +225,34 @@ fn a_claim_is_the_monitors_alone() {
     assert_eq!(asked[0], request(OP_CLAIM, 0, &[]));
     assert_eq!(asked.len(), 2);
 
-    // One that does not keep it may answer later, when something else was asked.
-    let (guest, server) = served(|asked| Some(answer(unique_of(asked), -23, &[])));
-    let (_kept, claim) = pair();
-    assert!(guest.device().device_mut().claim(claim).is_err());
-    assert!(!guest.device().device().has_server());
-    let (_kept, claim) = pair();
-    assert!(guest.device().device_mut().claim(claim).is_err());
+    // One that has too many goes on.
+    let (mut guest, server) = served(|asked| {
+        let is_claim = asked == request(OP_CLAIM, 0, &[]);
+        Some(answer(
+            unique_of(asked),
+            if is_claim { -23 } else { 0 },
+            &[],
+        ))
+    });
+    for _ in 0..2 {
+        let (_kept, claim) = pair();
+        let refused = guest.device().device_mut().claim(claim).unwrap_err();
+        assert!(
+            refused.to_string().contains("Too many open files"),
+            "{refused}"
+        );
+    }
+    assert_eq!(lookup(&mut guest, 1), (0, vec![]));
+    drop(guest);
+    assert_eq!(server.join().unwrap().len(), 3);
+
+    // One that answers something else may answer this later.
+    let (guest, server) = served(|asked| Some(answer(unique_of(asked) + 1, 0, &[])));
+    for _ in 0..2 {
+        let (_kept, claim) = pair();
+        assert!(guest.device().device_mut().claim(claim).is_err());
+        assert!(!guest.device().device().has_server());
+    }
     assert_eq!(server.join().unwrap().len(), 1);
 }
 
