@@ -260,7 +260,7 @@ impl Machine {
         let root_image = self.root_image();
         match self {
             Self::Here(local) => stats::of_mappings(&local.vm.mappings(), root_image),
-            Self::Worker(remote) => stats::of_process(remote.pid(), root_image),
+            Self::Worker(remote) => stats::of_process(remote.pid(), remote.mappings(), root_image),
         }
     }
 

@@ -40,7 +40,7 @@ use vmm::{DISK_LAYERS_MAX, Image, Run, VmState};
 
 /// The version of the whole directory. Goes up with every change of meaning in
 /// the manifest, in the state or in what the memory holds.
-pub const FORMAT: u32 = 10;
+pub const FORMAT: u32 = 11;
 
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state";

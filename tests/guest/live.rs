@@ -7,8 +7,10 @@ use fork::{
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 /// A shell that reads lines and obeys them.
 const OBEY: &str = r#"while read -r line; do eval "$line"; echo "=$?"; done"#;
@@ -205,6 +207,42 @@ fn what_runs_beside_the_container_is_left_behind() {
     stream.set_nonblocking(true).expect("set");
     let nothing = source.stdout.read(&mut [0; 1]).expect_err("nothing came");
     assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
+}
+
+/// What a program has freed is the host's again, in a child as in its forks.
+#[test]
+fn memory_that_was_freed_comes_back() {
+    const MIB: u64 = 1 << 10;
+    let mut source = Shell::start("source", OBEY);
+    let own = |shell: &Shell| shell.child.stats().expect("counted").guest_private;
+    let wait_for = |shell: &Shell, most: u64| {
+        let until = Instant::now() + PATIENCE;
+        while own(shell) > most {
+            assert!(Instant::now() < until, "{} KiB stay", own(shell));
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let before = own(&source);
+    source.ask("head -c 40000000 /dev/urandom > /dev/shm/file");
+    assert!(own(&source) > before + 36 * MIB);
+    let mut with = source.fork(&["with"]);
+    source.ask("rm /dev/shm/file");
+    wait_for(&source, before + 20 * MIB);
+    // Of what was given back nothing is left for the fork, in whose template it was.
+    let mut without = source.fork(&["without"]);
+    let image = source.child.memory().expect("known");
+    let (newest, _) = image.layers().last().expect("forked twice");
+    let copied = newest.metadata().expect("stats").blocks() / 2;
+    println!(
+        "{before} KiB before, {} after, {copied} copied",
+        own(&source)
+    );
+    assert!(copied < 20 * MIB, "{copied} KiB");
+    for mut shell in [with.pop().expect("one"), without.pop().expect("one")] {
+        shell.ask("head -c 30000000 /dev/zero > /dev/shm/other; rm -f /dev/shm/*");
+        wait_for(&shell, 20 * MIB);
+        assert_eq!(shell.ask("echo $$"), "1");
+    }
 }
 
 /// How many forks, and of how much memory, unless `VM_RUN_TEST_FORKS` says otherwise.

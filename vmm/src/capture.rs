@@ -18,7 +18,9 @@
 
 use crate::error::Error;
 use crate::machine::{UNCOVERED, lock};
-use crate::memory::{Image, Layer, PageSet, Ram, Run, memory_file, seal_unmapped};
+use crate::memory::{
+    Image, Layer, PageSet, Ram, Run, memory_file, punch, seal_unmapped, take_news,
+};
 use crate::moment::Moment;
 use crate::reaper::Parts;
 use crate::vm::{Vm, VmState};
@@ -42,10 +44,18 @@ const NOT_FORKED: &str = "booted and not forked: freeze it first";
 /// What is known of a VM's memory since it was last captured.
 #[derive(Debug)]
 pub(crate) struct Trail {
-    /// What it has written since, as far as the logs were read.
-    written: PageSet,
+    /// What has changed since, as far as the logs were read.
+    news: News,
     /// How often it was captured.
     captures: u64,
+}
+
+/// What has changed of a memory. No page is in both.
+#[derive(Debug)]
+struct News {
+    /// Given back: zeroes.
+    blank: PageSet,
+    written: PageSet,
 }
 
 /// A picture that is being taken.
@@ -74,8 +84,8 @@ pub struct CaptureSpec {
 /// A picture of a VM at one instant.
 #[derive(Debug)]
 pub struct Captured {
-    /// What it has written of its memory since it was last captured or, before that,
-    /// forked.
+    /// What it has written of its memory, or given back, since it was last captured or,
+    /// before that, forked.
     layer: Layer,
     /// All the rest of it.
     pub state: VmState,
@@ -138,11 +148,12 @@ impl Vm {
                 pages: 0,
             },
         };
-        trail.news(parts)?;
+        trail.read_logs(parts)?;
         // What was not written is what it was before: copied too, it does no harm.
-        let mut first = trail.written.clone();
+        let mut first = trail.news.written.clone();
         first.widen(RUNS_MAX);
         capture.cost.copied_running = first.count();
+        capture.layer.pages.add(&trail.news.blank);
         capture.copy(&parts.kvm.ram, &first)?;
         Ok(capture)
     }
@@ -174,20 +185,17 @@ impl Vm {
         let trail = trail.as_mut().filter(|it| it.captures == capture.captures);
         let trail = trail.ok_or(Error::Phase("captured by somebody else meanwhile"))?;
         while capture.cost.rounds < ROUNDS_MAX {
-            let written = trail.news(parts)?;
-            capture.copy(ram, &written)?;
+            let copied = capture.catch_up(ram, &trail.read_logs(parts)?)?;
             capture.cost.rounds += 1;
-            capture.cost.copied_running += written.count();
-            if written.count() <= FEW {
+            capture.cost.copied_running += copied;
+            if copied <= FEW {
                 break;
             }
         }
         capture.cost.stopping = Moment::now();
         let stopped = self.pause().and_then(|()| {
             capture.cost.stopped = Moment::now();
-            let state = stopped(parts, trail, &mut capture, spec)?;
-            watch(ram);
-            Ok(state)
+            stopped(parts, trail, &mut capture, spec, watch)
         });
         if !stays_paused {
             // Also what could not be stopped as a whole.
@@ -201,7 +209,7 @@ impl Vm {
         cost.pages = layer.pages.count();
         seal_unmapped(&layer.file)?;
         *trail = Trail {
-            written: PageSet::none_of(ram.bytes()),
+            news: News::none_of(ram.bytes()),
             captures: trail.captures + 1,
         };
         Ok(Captured { layer, state, cost })
@@ -214,13 +222,14 @@ fn begin(parts: &Parts, pagemap: &File) -> Result<Trail, Error> {
     if ram.image().is_none() {
         return Err(Error::Phase(NOT_FORKED));
     }
-    // The log first: what is written while we look is in it.
+    // The log first: what is written while we look is in it. And what was given back
+    // before: that is its own where it was written since.
     parts.kvm.log_writes()?;
-    let written = ram.own_pages(pagemap)?;
-    Ok(Trail {
-        written,
-        captures: 0,
-    })
+    let mut news = News::none_of(ram.bytes());
+    take_news(&mut ram.blanks().lock(), &mut news.blank);
+    news.written = ram.own_pages(pagemap)?;
+    news.blank.remove(&news.written);
+    Ok(Trail { news, captures: 0 })
 }
 
 /// What is done while the source is stopped.
@@ -229,27 +238,47 @@ fn stopped(
     trail: &mut Trail,
     capture: &mut Capture,
     spec: CaptureSpec,
+    watch: impl FnOnce(&Ram),
 ) -> Result<VmState, Error> {
     let mut devices = parts.devices.hold();
     let state = Vm::save(parts, &devices)?;
     capture.cost.saved = Moment::now();
     // After the vCPUs were read: KVM writes guest memory when one is put aside (steal
     // time, arch/x86/kvm/x86.c).
-    let last = trail.news(parts)?;
-    capture.copy(&parts.kvm.ram, &last)?;
-    capture.cost.copied_stopped = last.count();
+    let last = trail.read_logs(parts)?;
+    capture.cost.copied_stopped = capture.catch_up(&parts.kvm.ram, &last)?;
     devices.claim(spec.claim)?;
     devices.cover(spec.overlay)?;
+    watch(&parts.kvm.ram);
     Ok(state)
 }
 
+impl News {
+    fn none_of(bytes: u64) -> Self {
+        Self {
+            blank: PageSet::none_of(bytes),
+            written: PageSet::none_of(bytes),
+        }
+    }
+
+    /// What there is when this is followed by `later`.
+    fn add(&mut self, later: &Self) {
+        self.written.remove(&later.blank);
+        self.written.add(&later.written);
+        self.blank.add(&later.blank);
+        self.blank.remove(&later.written);
+    }
+}
+
 impl Trail {
-    /// What was written since the logs were last read.
-    fn news(&mut self, parts: &Parts) -> Result<PageSet, Error> {
-        let mut news = PageSet::none_of(parts.kvm.ram.bytes());
-        let read = parts.kvm.take_writes(&mut news);
+    /// What has changed since the logs were last read.
+    fn read_logs(&mut self, parts: &Parts) -> Result<News, Error> {
+        let mut news = News::none_of(parts.kvm.ram.bytes());
+        let read = parts.kvm.take_writes(&mut news.blank, &mut news.written);
+        // Written before it was given back or after: it is read where it lies.
+        news.blank.remove(&news.written);
         // Some of it may have been read before the failure, and is in no log any more.
-        self.written.add(&news);
+        self.news.add(&news);
         read.map(|()| news)
     }
 }
@@ -266,6 +295,16 @@ impl Capture {
     /// The layer alone: a file that is not sealed yet, and the pages in it.
     pub fn layer(&self) -> (&Arc<File>, Vec<Run>) {
         (&self.layer.file, self.layer.pages.runs().collect())
+    }
+
+    /// Takes over what has changed, and gives the number of pages copied.
+    fn catch_up(&mut self, ram: &Ram, news: &News) -> Result<u64, Error> {
+        for run in news.blank.runs() {
+            punch(&self.layer.file, run.bytes()).map_err(Error::memory("fallocate"))?;
+        }
+        self.layer.pages.add(&news.blank);
+        self.copy(ram, &news.written)?;
+        Ok(news.written.count())
     }
 
     fn copy(&mut self, ram: &Ram, pages: &PageSet) -> Result<(), Error> {

@@ -3,7 +3,7 @@
 use crate::error::Error;
 use crate::host::Host;
 use crate::layout::{IDENTITY_MAP, LAPIC, TSS, root_window};
-use crate::memory::{PageSet, Ram};
+use crate::memory::{PageSet, Ram, take_news};
 use crate::moment::Moment;
 use crate::window::RootWindow;
 use kvm_bindings::{
@@ -144,15 +144,23 @@ impl KvmVm {
         Ok(())
     }
 
-    /// Adds to `pages` what was written since the last call (api.rst 4.8,
-    /// KVM_GET_DIRTY_LOG; and the monitor's own, of which KVM does not know). What is
-    /// being written at this moment is in this or in the next.
-    pub(crate) fn take_writes(&self, pages: &mut PageSet) -> Result<(), Error> {
-        self.ram.take_writes(pages);
+    /// Adds to `blank` what the guest has given back since the last call, and to `written`
+    /// what was written since (api.rst 4.8, KVM_GET_DIRTY_LOG; and the monitor's own, of
+    /// which KVM does not know). A page that was given back and written later is in both.
+    /// What is being written at this moment is in this or in the next.
+    pub(crate) fn take_writes(
+        &self,
+        blank: &mut PageSet,
+        written: &mut PageSet,
+    ) -> Result<(), Error> {
+        // To the end: what is given back later was written before, as far as it is here.
+        let mut given_back = self.ram.blanks().lock();
+        take_news(&mut given_back, blank);
+        self.ram.take_writes(written);
         for (slot, range) in (0..).zip(self.ram.ranges()) {
             let log = self.fd.get_dirty_log(slot, range.len as usize);
             let log = log.map_err(Error::kvm("KVM_GET_DIRTY_LOG"))?;
-            pages.add_words(range.file_offset, &log);
+            written.add_words(range.file_offset, &log);
         }
         Ok(())
     }

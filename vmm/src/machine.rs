@@ -15,6 +15,7 @@
 //! | virtio-pmem: the root image again, mapped (`window.rs`) | 0xd0006000 | 10 |
 //! | virtio-fs `volumes`: what the child's file server serves | 0xd0007000 | 11 |
 //! | virtio-net `eth0`: the same addresses in all children | 0xd0008000 | 12 |
+//! | virtio-balloon: what the guest does not use is the host's again | 0xd0009000 | 13 |
 //!
 //! The disks' slots, the window, the tag and the addresses are part of a template; the
 //! files behind them, the server, and the tap are bound at the fork.
@@ -24,6 +25,7 @@ use crate::io::Io;
 use crate::kvm::KvmVm;
 use crate::layout::{SERIAL_IRQ, SERIAL_PORT, VIRTIO_IRQ, VIRTIO_MMIO, VIRTIO_MMIO_SIZE, Window};
 use crate::moment::Moment;
+use devices::virtio::balloon::{Balloon, BalloonState};
 use devices::virtio::block::{Block, BlockState};
 use devices::virtio::fs::{Fs, FsState};
 use devices::virtio::mmio::{MmioTransport, TransportState};
@@ -43,7 +45,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_run_abi::{PAGE_SIZE, doorbell, network};
 
 /// How many virtio-mmio windows the machine has.
-pub(crate) const VIRTIO_DEVICES: u32 = 8;
+pub(crate) const VIRTIO_DEVICES: u32 = 9;
 
 /// How large the disks claim to be, in sectors of 512 bytes. A driver reads
 /// the size when it probes, in the parent, long before a file is bound; reads
@@ -131,6 +133,7 @@ pub(crate) struct Devices {
     pub(crate) pmem: Arc<Mutex<MmioTransport<Pmem>>>,
     pub(crate) volumes: Arc<Mutex<MmioTransport<Fs>>>,
     pub(crate) net: Arc<Mutex<MmioTransport<Net>>>,
+    pub(crate) balloon: Arc<Mutex<MmioTransport<Balloon>>>,
 }
 
 /// As much as a picture of a VM cannot do without.
@@ -151,6 +154,7 @@ pub(crate) struct Held<'d> {
     pmem: Still<'d, Pmem>,
     volumes: Still<'d, Fs>,
     net: Still<'d, Net>,
+    balloon: Still<'d, Balloon>,
 }
 
 impl Held<'_> {
@@ -189,6 +193,7 @@ impl Held<'_> {
             pmem: save(&self.pmem),
             volumes: save(&self.volumes),
             net: save(&self.net),
+            balloon: save(&self.balloon),
         }
     }
 }
@@ -212,6 +217,7 @@ pub(crate) struct DevicesState {
     pmem: Virtio<PmemState>,
     volumes: Virtio<FsState>,
     net: Virtio<NetState>,
+    balloon: Virtio<BalloonState>,
 }
 
 impl DevicesState {
@@ -244,6 +250,7 @@ impl DevicesState {
                     mtu: network::MTU,
                 },
             },
+            balloon: Virtio::default(),
         }
     }
 }
@@ -276,6 +283,7 @@ impl Devices {
         let pmem = Pmem::restore(&s.pmem.device).map_err(refused("the root window"))?;
         let volumes = Fs::restore(&s.volumes.device);
         let net = Net::restore(&s.net.device).map_err(refused("the network device"))?;
+        let balloon = Balloon::restore(&s.balloon.device, kvm.ram.reclaimer());
         Ok(Self {
             serial: Arc::new(Mutex::new(serial)),
             rng: attach(rng, memory, irq(VIRTIO_IRQ), &s.rng.transport)?,
@@ -286,6 +294,7 @@ impl Devices {
             pmem: attach(pmem, memory, irq(VIRTIO_IRQ + 5), &s.pmem.transport)?,
             volumes: attach(volumes, memory, irq(VIRTIO_IRQ + 6), &s.volumes.transport)?,
             net: attach(net, memory, irq(VIRTIO_IRQ + 7), &s.net.transport)?,
+            balloon: attach(balloon, memory, irq(VIRTIO_IRQ + 8), &s.balloon.transport)?,
         })
     }
 
@@ -353,6 +362,7 @@ impl Devices {
             pmem: lock(&self.pmem),
             volumes: lock(&self.volumes),
             net: lock(&self.net),
+            balloon: lock(&self.balloon),
         }
     }
 
@@ -368,6 +378,7 @@ impl Devices {
             lock(&self.pmem).kick(),
             self.kick_volumes(),
             self.kick_net(),
+            lock(&self.balloon).kick(),
         ]
         .contains(&true)
     }
@@ -396,6 +407,7 @@ impl Devices {
             self.pmem.clone(),
             self.volumes.clone(),
             self.net.clone(),
+            self.balloon.clone(),
         ]
     }
 
@@ -410,6 +422,7 @@ impl Devices {
             self.pmem.clone(),
             self.volumes.clone(),
             self.net.clone(),
+            self.balloon.clone(),
         ]
     }
 }

@@ -4,7 +4,7 @@
 //! chain is either well-formed or an error. Guest memory is only ever reached
 //! through volatile slices: the guest may write it at the same time.
 
-use vm_memory::{GuestMemory as _, Permissions};
+use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
 
 use crate::{DeviceMemory, GuestMemory, GuestSlice};
 
@@ -169,11 +169,13 @@ pub struct Chain<'m> {
 }
 
 impl<'m> Chain<'m> {
-    /// Checks `chain` against `memory` and the size of its queue.
+    /// Checks `chain` against `memory` and the size of its queue. `writable_at` is told
+    /// where each buffer lies that the device may write.
     pub(crate) fn parse(
         memory: &'m DeviceMemory,
         queue_size: u16,
         mut chain: virtio_queue::DescriptorChain<&'m GuestMemory>,
+        mut writable_at: impl FnMut(GuestAddress, usize),
     ) -> Result<Self, ChainError> {
         let mut parsed = Self {
             head: chain.head_index(),
@@ -206,6 +208,9 @@ impl<'m> Chain<'m> {
                 .map_err(|_| ChainError::Address)?;
             for slice in slices {
                 buffers.push(slice.map_err(|_| ChainError::Address)?);
+            }
+            if writing {
+                writable_at(address, len);
             }
             if !descriptor.has_next() {
                 return Ok(parsed);

@@ -3,6 +3,7 @@
 //! A device model sees its queues through [`DeviceIo`] and never a register; the
 //! transport ([`mmio`]) sees registers and never a request.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod fs;
@@ -20,6 +21,7 @@ use std::os::fd::BorrowedFd;
 
 use serde::{Serialize, de::DeserializeOwned};
 
+pub use balloon::{Balloon, BalloonState, Reclaim};
 pub use block::{Block, BlockError, BlockState, DiskFiles};
 pub use chain::{Buffers, Chain, ChainError};
 pub use fs::{Fs, FsError, FsState};

@@ -172,7 +172,11 @@ impl VirtQueue {
         self.registers.next_used = 0;
     }
 
-    fn pop<'m>(&mut self, memory: &'m DeviceMemory) -> Result<Option<Chain<'m>>, QueueError> {
+    fn pop<'m>(
+        &mut self,
+        memory: &'m DeviceMemory,
+        places: impl FnMut(GuestAddress, usize),
+    ) -> Result<Option<Chain<'m>>, QueueError> {
         let queue = self.index;
         let Some(ring) = &mut self.ring else {
             return Ok(None);
@@ -183,7 +187,7 @@ impl VirtQueue {
             .map_err(|source| QueueError::Ring { queue, source })?;
         available
             .next()
-            .map(|chain| Chain::parse(memory, size, chain))
+            .map(|chain| Chain::parse(memory, size, chain, places))
             .transpose()
             .map_err(|source| QueueError::Chain { queue, source })
     }
@@ -347,7 +351,7 @@ impl<'m> DeviceIo<'m> {
     /// not set up.
     pub fn pop(&mut self, queue: usize) -> Result<Option<Chain<'m>>, QueueError> {
         match self.queues.get_mut(queue) {
-            Some(q) => q.pop(self.memory),
+            Some(q) => q.pop(self.memory, |_, _| {}),
             None => Ok(None),
         }
     }
@@ -358,6 +362,23 @@ impl<'m> DeviceIo<'m> {
     pub fn pop_or_wait(&mut self, queue: usize) -> Result<Option<Chain<'m>>, QueueError> {
         match self.pop(queue)? {
             None if self.enable_notification(queue)? => self.pop(queue),
+            popped => Ok(popped),
+        }
+    }
+
+    /// The same, and adds to `places` where in the guest what the device may write lies:
+    /// (address, bytes), all of it memory.
+    pub fn pop_places_or_wait(
+        &mut self,
+        queue: usize,
+        places: &mut Vec<(GuestAddress, usize)>,
+    ) -> Result<Option<Chain<'m>>, QueueError> {
+        let mut pop = |io: &mut Self| match io.queues.get_mut(queue) {
+            Some(q) => q.pop(io.memory, |at, len| places.push((at, len))),
+            None => Ok(None),
+        };
+        match pop(self)? {
+            None if self.enable_notification(queue)? => pop(self),
             popped => Ok(popped),
         }
     }

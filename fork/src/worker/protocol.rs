@@ -101,6 +101,8 @@ pub(crate) enum FromWorker {
     Loaded,
     Started {
         timeline: Timeline,
+        /// Where the guest's memory lies in the worker: (address, length).
+        mappings: Vec<(u64, u64)>,
         /// Where the root image lies in the worker, if it is mapped into the guest.
         root_image: Option<(u64, u64)>,
     },

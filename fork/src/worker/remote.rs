@@ -41,6 +41,8 @@ pub(crate) struct Remote {
     /// What came while an answer was waited for.
     news: VecDeque<News>,
     timeline: Option<Timeline>,
+    /// Where the guest's memory lies in it.
+    mappings: Vec<(u64, u64)>,
     /// Where the root image lies in it, if it is mapped into the guest.
     root_image: Option<(u64, u64)>,
     /// As its owner knows it.
@@ -58,6 +60,7 @@ impl Remote {
             pid,
             news: VecDeque::new(),
             timeline: None,
+            mappings: Vec::new(),
             root_image: None,
             image: None,
             is_gone: false,
@@ -193,16 +196,22 @@ impl Remote {
             (
                 FromWorker::Started {
                     timeline,
+                    mappings,
                     root_image,
                 },
                 _,
             ) => {
                 self.timeline = Some(timeline);
+                self.mappings = mappings;
                 self.root_image = root_image;
                 Ok(())
             }
             (other, _) => Err(odd(&other)),
         }
+    }
+
+    pub(crate) fn mappings(&self) -> &[(u64, u64)] {
+        &self.mappings
     }
 
     pub(crate) fn root_image(&self) -> Option<(u64, u64)> {

@@ -121,6 +121,7 @@ impl Worker {
                 let vm = prepared.start(asked, birth).map_err(|e| e.to_string())?;
                 let started = FromWorker::Started {
                     timeline: vm.timeline(),
+                    mappings: vm.mappings(),
                     root_image: vm.root_image(),
                 };
                 self.life = Life::Running(Box::new(vm));

@@ -4,7 +4,8 @@ use rustix::fd::AsFd;
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::{PidfdFlags, Resource, Rlimit, getpid, pidfd_open, setrlimit};
 use rustix::system::{RebootCommand, reboot};
-use std::io::Write;
+use std::fs;
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -32,6 +33,9 @@ const LIMITS: [(Resource, Option<u64>); 2] =
 const IMAGE: &str = "/dev/vda";
 const MOUNTED: &str = "/dev/vdb";
 const WRITABLE: &str = "/dev/vdc";
+
+/// In how large blocks, as a power of two of pages, the kernel tells of what is free.
+const REPORTING_ORDER: &str = "/sys/module/page_reporting/parameters/page_reporting_order";
 
 /// The way to the monitor's user, once there is one.
 static DOORBELL: OnceLock<Doorbell> = OnceLock::new();
@@ -79,9 +83,22 @@ fn live() -> Result<(), String> {
 
 /// Has in memory and mapped what a child touches first: its page faults are not
 /// the child's to pay. Every process that was started has left the agent's pages
-/// to be copied at the next write.
+/// to be copied at the next write. What is free has to be the host's by now: what is
+/// reported later, each child reports.
 fn settle() -> Result<(), String> {
+    report_free_pages().map_err(|e| format!("cannot write {REPORTING_ORDER}: {e}"))?;
     mlockall(MlockAllFlags::CURRENT).map_err(|e| format!("cannot lock memory: {e}"))
+}
+
+/// Has the kernel tell the host of all pages that are free, in blocks so large as before:
+/// it does so when this is written, by a patch of ours. One without a balloon has no such
+/// file.
+fn report_free_pages() -> io::Result<()> {
+    match fs::read_to_string(REPORTING_ORDER) {
+        Ok(order) => fs::write(REPORTING_ORDER, order.trim()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    }
 }
 
 /// Sets up the guest, to everything ready for the fork point.

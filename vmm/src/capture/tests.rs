@@ -1,12 +1,15 @@
 use super::*;
 use crate::machine::{Disks, Event, EventSink};
+use crate::memory::add_all;
 use crate::payload::Payload;
 use crate::payload::micro::Program;
 use crate::prepared::{Birth, Shell};
 use crate::vm::VmConfig;
 use crate::{Console, Host};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
+use vm_memory::GuestAddress;
 use vm_run_abi::{PAGE_SIZE, VERSION, doorbell, identity};
 
 /// All vCPUs at once, in a child: write to random places of a mebibyte, keep their last
@@ -131,9 +134,11 @@ fn count(ram: &Ram, vcpu: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// All pages that a memory has of its own, copied: what it is, told by nobody's log.
+/// All pages that a memory has of its own, copied, and all that were ever given back: what
+/// it is, told by nobody's log.
 fn copy_all(ram: &Ram, pagemap: &File) -> Vec<(u64, Vec<u8>)> {
-    let own = ram.own_pages(pagemap).expect("the page map");
+    let mut own = ram.own_pages(pagemap).expect("the page map");
+    add_all(&ram.blanks().lock(), &mut own);
     let read = |run: crate::Run| {
         let mut bytes = vec![0; (run.count * PAGE_SIZE) as usize];
         ram.read(run.bytes().start, &mut bytes).expect("RAM");
@@ -175,12 +180,43 @@ fn forks() -> u32 {
     })
 }
 
+/// Sets it when it is dropped.
+struct AtTheEnd<'a>(&'a AtomicBool);
+
+impl Drop for AtTheEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// As a balloon's driver does, which never looks whether the memory is free: the mebibyte
+/// that is being written, and what is beside it.
+fn give_back(source: &Vm, until: &AtomicBool) {
+    let parts = source.parts().expect("it runs");
+    let reclaimer = parts.kvm.ram.reclaimer();
+    for turn in 0_u64.. {
+        if until.load(Ordering::Relaxed) {
+            return;
+        }
+        let at_work = lock(&parts.devices.balloon);
+        reclaimer.reclaim(GuestAddress(16 << 20), 2 << 20);
+        reclaimer.reclaim(GuestAddress((16 + turn % 16 * 2) << 20), 2 << 20);
+        drop(at_work);
+        std::thread::sleep(Duration::from_micros(turn * 97 % 1500));
+    }
+}
+
 /// Of each instant, three pictures: by the logs; by a copy of everything that was written,
 /// made while the source was stopped; and what a child maps.
 fn is_its_source(vcpus: u8) {
     let host = Arc::new(Host::open().expect("KVM"));
-    let (mut image, state) = parent(&host, vcpus);
+    let (image, state) = parent(&host, vcpus);
     let (source, events) = child(&host, &image, &state);
+    fork_again_and_again(&host, &source, vcpus, image);
+    assert_eq!(events.try_recv().ok(), None, "the source goes on");
+}
+
+fn fork_again_and_again(host: &Arc<Host>, source: &Vm, vcpus: u8, mut image: Image) {
     let ram = &source.parts().expect("it runs").kvm.ram;
     let (mut rounds, mut stopped) = (0, 0);
     for fork in 0..forks() {
@@ -190,9 +226,9 @@ fn is_its_source(vcpus: u8) {
         let capture = source.begin_capture().expect("begun");
         // A child maps what there is while the source still writes it.
         let so_far = capture.so_far(&image);
-        let mut child = Ram::private(&so_far).expect("mapped");
+        let mut mapped = Ram::private(&so_far).expect("mapped");
         let shell = (fork % 32 == 0).then(|| {
-            let mut shell = Shell::new(&host, &so_far, vcpus).expect("made");
+            let mut shell = Shell::new(host, &so_far, vcpus).expect("made");
             shell.lay(&so_far).expect("mapped");
             shell
         });
@@ -202,16 +238,16 @@ fn is_its_source(vcpus: u8) {
         image = captured.image(&image).with_room().expect("merged");
         rounds += captured.cost.rounds;
         stopped += captured.cost.copied_stopped;
-        child.lay_over(&image).expect("mapped");
+        mapped.lay_over(&image).expect("mapped");
         let mut seen = Vec::new();
         for (at, bytes) in &oracle {
             seen.resize(bytes.len(), 0);
-            child.read(*at, &mut seen).expect("RAM");
+            mapped.read(*at, &mut seen).expect("RAM");
             assert!(seen == *bytes, "fork {fork}: the pages from {at:#x} differ");
         }
         for (vcpu, state) in captured.state.vcpus.iter().enumerate() {
             // One store may be done whose count is not.
-            let behind = state.regs.r9 - count(&child, vcpu);
+            let behind = state.regs.r9 - count(&mapped, vcpu);
             assert!(
                 behind <= 1,
                 "fork {fork}: vCPU {vcpu} is {behind} ahead of its memory"
@@ -222,12 +258,11 @@ fn is_its_source(vcpus: u8) {
         }
         if fork % 100 == 0 {
             let state = Arc::new(captured.state);
-            let (grandchild, news) = self::child(&host, &image, &state);
+            let (grandchild, news) = child(host, &image, &state);
             await_writes(&grandchild.parts().expect("it runs").kvm.ram, vcpus);
             assert_eq!(news.try_recv().ok(), None);
         }
     }
-    assert_eq!(events.try_recv().ok(), None, "the source goes on");
     println!("{rounds} rounds, {stopped} pages copied while it was stopped");
 }
 
@@ -239,4 +274,20 @@ fn with_two_vcpus_a_picture_is_its_source_byte_by_byte() {
 #[test]
 fn with_four_vcpus_a_picture_is_its_source_byte_by_byte() {
     is_its_source(4);
+}
+
+#[test]
+fn what_was_given_back_is_zeroes_in_a_picture_or_what_was_written_since() {
+    const VCPUS: u8 = 2;
+    let host = Arc::new(Host::open().expect("KVM"));
+    let (image, state) = parent(&host, VCPUS);
+    let (source, events) = child(&host, &image, &state);
+    let until = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Also if this fails.
+        let _at_the_end = AtTheEnd(&until);
+        scope.spawn(|| give_back(&source, &until));
+        fork_again_and_again(&host, &source, VCPUS, image);
+    });
+    assert_eq!(events.try_recv().ok(), None, "the source goes on");
 }

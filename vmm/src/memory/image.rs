@@ -11,7 +11,7 @@
 //! a child is that of the pages, and does not grow with the depth.
 
 use super::pages::{PageSet, Run};
-use super::{copy_data, copy_range, memory_file, seal, seal_unmapped};
+use super::{copy_range, memory_file, seal, seal_unmapped};
 use crate::error::Error;
 use crate::layout::ram_ranges;
 use rustix::fs::{OFlags, fcntl_getfl};
@@ -184,7 +184,7 @@ impl Image {
             return Ok(self.clone());
         }
         let flat = memory_file(self.bytes)?;
-        copy_data(&self.base, &flat, self.bytes).map_err(Error::memory("copy"))?;
+        copy_range(&self.base, &flat, 0..self.bytes).map_err(Error::memory("copy"))?;
         for layer in &self.layers {
             for run in layer.pages.runs() {
                 // A page that is a hole here is zeroes, whatever the base has.

@@ -7,15 +7,20 @@
 //!   fork:    Ram::private(&image)      MAP_PRIVATE: reads share, writes copy
 //!   freeze of a child: Ram::into_image()  the image's bytes and the child's own
 //!                                         pages copied to a new memfd, sealed
+//!   Ram::reclaimer()                   what the guest does not use is zeroes, and free
 //!   fork of a child that runs: capture.rs  its own pages copied to a layer over its image
 //! ```
 
+mod blank;
 mod image;
 mod merge;
 #[allow(unsafe_code)]
 mod overlay;
 mod pages;
 
+#[cfg(test)]
+pub(crate) use blank::add_all;
+pub(crate) use blank::{Blanks, take_news};
 pub(crate) use image::Layer;
 pub use image::{Image, LAYERS_MAX};
 pub use merge::Merged;
@@ -24,10 +29,12 @@ pub use pages::Run;
 
 use crate::error::Error;
 use crate::layout::{RamRange, ram_ranges};
+use blank::Reclaimer;
 use devices::GuestMemory;
+use devices::virtio::Reclaim;
 use rustix::fs::{
-    MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create,
-    seek,
+    FallocateFlags, MemfdFlags, SealFlags, SeekFrom, fallocate, fcntl_add_seals, fcntl_get_seals,
+    ftruncate, memfd_create, seek,
 };
 use rustix::io::Errno;
 use std::fs::File;
@@ -35,6 +42,7 @@ use std::io::{self, Seek};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
 use vm_run_abi::PAGE_SIZE;
 
@@ -45,6 +53,7 @@ pub struct Ram {
     ranges: Vec<RamRange>,
     bytes: u64,
     over: Over,
+    blanks: Blanks,
 }
 
 /// What a VM's memory is mapped over.
@@ -70,6 +79,7 @@ impl Ram {
             ranges,
             bytes,
             over: Over::Shared(file),
+            blanks: Blanks::default(),
         })
     }
 
@@ -92,6 +102,7 @@ impl Ram {
             ranges,
             bytes: image.bytes(),
             over: Over::Private(Image::flat(Arc::clone(image.shared_base()), image.bytes())),
+            blanks: Blanks::default(),
         })
     }
 
@@ -145,7 +156,7 @@ impl Ram {
     /// while any writable shared mapping is left, which is the proof that the
     /// image cannot change. Private memory is copied: the image below it, and over
     /// that the pages that `pagemap` (an open `/proc/self/pagemap`) shows as its
-    /// own.
+    /// own, and holes for those that it has given back.
     ///
     /// # Errors
     /// A mapping that is left, or what the kernel says.
@@ -157,9 +168,10 @@ impl Ram {
                 Ok(Image::flat(file, self.bytes))
             }
             Over::Private(ref image) => {
-                let pages = self.own_pages(pagemap)?;
+                let mut pages = self.own_pages(pagemap)?;
                 let layer = memory_file(self.bytes)?;
                 self.copy_pages(&pages, &layer)?;
+                blank::add_all(&self.blanks.lock(), &mut pages);
                 let file = Arc::new(layer);
                 image.under(Layer { file, pages }).flatten()
             }
@@ -222,6 +234,26 @@ impl Ram {
                 .map_err(|source| Error::GuestMemory { gpa: gpa.0, source })?;
         }
         Ok(())
+    }
+
+    /// What takes the memory that its guest does not use.
+    pub(crate) fn reclaimer(&self) -> Arc<dyn Reclaim> {
+        Arc::new(Reclaimer {
+            memory: self.memory.clone(),
+            ranges: self.ranges.clone(),
+            bytes: self.bytes,
+            file: match &self.over {
+                Over::Shared(file) => Some(Arc::clone(file)),
+                Over::Private(_) => None,
+            },
+            blanks: self.blanks.clone(),
+            failed: AtomicBool::new(false),
+        })
+    }
+
+    /// What it has given back.
+    pub(crate) fn blanks(&self) -> &Blanks {
+        &self.blanks
     }
 
     /// Logs, from now on, what this process writes of it.
@@ -345,30 +377,30 @@ fn add_seals(file: &File, more: SealFlags) -> Result<(), Error> {
     fcntl_add_seals(file, all).map_err(Error::memory("F_ADD_SEALS"))
 }
 
-/// Copies what of `from` is no hole.
-fn copy_data(from: &File, to: &File, bytes: u64) -> io::Result<()> {
-    let mut at = 0;
-    loop {
-        at = match seek(from, SeekFrom::Data(at)) {
-            Ok(data) if data < bytes => data,
+/// Makes a range of `to` what it is in `from`: a hole costs nothing in either.
+fn copy_range(from: &File, to: &File, range: Range<u64>) -> io::Result<()> {
+    punch(to, range.clone())?;
+    let mut buffer = Vec::new();
+    let mut at = range.start;
+    while at < range.end {
+        let data = match seek(from, SeekFrom::Data(at)) {
+            Ok(data) if data < range.end => data,
             Ok(_) | Err(Errno::NXIO) => return Ok(()),
             Err(e) => return Err(e.into()),
         };
-        let end = seek(from, SeekFrom::Hole(at))?.min(bytes);
-        copy_range(from, to, at..end)?;
-        at = end;
-    }
-}
-
-/// Copies all of a range.
-fn copy_range(from: &File, to: &File, range: Range<u64>) -> io::Result<()> {
-    let mut buffer = vec![0; (range.end - range.start).min(1 << 20) as usize];
-    for at in range.clone().step_by(buffer.len().max(1)) {
-        let part = &mut buffer[..(range.end - at).min(1 << 20) as usize];
-        from.read_exact_at(part, at)?;
-        to.write_all_at(part, at)?;
+        let end = seek(from, SeekFrom::Hole(data))?.min(range.end);
+        at = end.min(data + (1 << 20));
+        buffer.resize((at - data) as usize, 0);
+        from.read_exact_at(&mut buffer, data)?;
+        to.write_all_at(&buffer, data)?;
     }
     Ok(())
+}
+
+/// Makes a range of a memory file a hole: zeroes.
+pub(crate) fn punch(file: &File, range: Range<u64>) -> io::Result<()> {
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    Ok(fallocate(file, hole, range.start, range.end - range.start)?)
 }
 
 /// Whether two descriptors are of one file.

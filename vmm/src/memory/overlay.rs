@@ -1,12 +1,18 @@
-//! A file mapped over a part of guest memory.
+//! Other memory mapped over a part of guest memory.
 
 use crate::error::Error;
 use devices::GuestMemory;
-use rustix::mm::{MapFlags, ProtFlags, mmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use std::ffi::c_void;
 use std::fs::File;
 use std::ops::Range;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vm_run_abi::PAGE_SIZE;
+
+const ACCESS: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
+const HOW: MapFlags = MapFlags::PRIVATE
+    .union(MapFlags::FIXED)
+    .union(MapFlags::NORESERVE);
 
 /// Maps the bytes `part` of `file`, private, over guest memory from `gpa` on. What was
 /// there before is gone.
@@ -20,26 +26,45 @@ pub(super) fn map(
     part: Range<u64>,
 ) -> Result<(), Error> {
     let len = (part.end - part.start) as usize;
-    let no_part = || {
+    let address = whole_pages(memory, gpa, len)?;
+    // SAFETY: `whole_pages`; and nobody has a reference into guest memory.
+    unsafe { mmap(address, len, ACCESS, HOW, file, part.start) }
+        .map_err(Error::memory("mmap of a layer"))?;
+    Ok(())
+}
+
+/// Maps no file: `len` bytes from `gpa` on read as zeroes. What was there before is gone.
+///
+/// # Errors
+/// As [`map`].
+pub(super) fn map_nothing(
+    memory: &GuestMemory,
+    gpa: GuestAddress,
+    len: usize,
+) -> Result<(), Error> {
+    let address = whole_pages(memory, gpa, len)?;
+    // SAFETY: as in `map`.
+    unsafe { mmap_anonymous(address, len, ACCESS, HOW) }
+        .map_err(Error::memory("mmap of nothing"))?;
+    Ok(())
+}
+
+/// Where `len` bytes from `gpa` on lie in this process: whole pages of one region of
+/// `memory`, so that nothing beside them is replaced. The region is mapped as long as
+/// `memory` lives, and unmapped as a whole at its end, whatever lies in it.
+fn whole_pages(memory: &GuestMemory, gpa: GuestAddress, len: usize) -> Result<*mut c_void, Error> {
+    let none = || {
         Error::State(format!(
             "{len} bytes at {:#x} are no part of its memory",
             gpa.0
         ))
     };
-    let is_aligned = [gpa.0, part.start, part.end]
+    let is_whole = [gpa.0, len as u64]
         .iter()
         .all(|at| at.is_multiple_of(PAGE_SIZE));
-    let region = memory.find_region(gpa).filter(|_| is_aligned);
-    let region = region.ok_or_else(no_part)?;
+    let region = memory.find_region(gpa).filter(|_| is_whole);
+    let region = region.ok_or_else(none)?;
     let at = MemoryRegionAddress(gpa.0 - region.start_addr().0);
-    let slice = region.get_slice(at, len).map_err(|_| no_part())?;
-    let address = slice.ptr_guard_mut().as_ptr();
-    let protection = ProtFlags::READ | ProtFlags::WRITE;
-    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
-    // SAFETY: `slice` is `len` bytes of a region of `memory`, which is mapped as long as
-    // that lives, and unmaps the whole region at its end, whatever lies in it; whole pages,
-    // so that nothing beside it is replaced. Nobody has a reference into guest memory.
-    unsafe { mmap(address.cast(), len, protection, flags, file, part.start) }
-        .map_err(Error::memory("mmap of a layer"))?;
-    Ok(())
+    let slice = region.get_slice(at, len).map_err(|_| none())?;
+    Ok(slice.ptr_guard_mut().as_ptr().cast())
 }

@@ -67,6 +67,15 @@ impl PageSet {
         }
     }
 
+    pub(crate) fn contains(&self, page: u64) -> bool {
+        let word = self.words.get((page / 64) as usize);
+        word.is_some_and(|word| word & 1 << (page % 64) != 0)
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.words.fill(0);
+    }
+
     pub(crate) fn insert(&mut self, run: Run) {
         for page in run.first..run.first + run.count {
             if let Some(word) = self.words.get_mut((page / 64) as usize) {

@@ -34,7 +34,7 @@ fn parse<'m>(memory: &'m DeviceMemory, descriptors: &[Raw]) -> Result<Chain<'m>,
     queue.set_avail_ring_address(Some(AVAIL as u32), Some(0));
     queue.set_ready(true);
     let chain = queue.iter(ram).unwrap().next().unwrap();
-    Chain::parse(memory, SIZE, chain)
+    Chain::parse(memory, SIZE, chain, |_, _| {})
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn a_head_outside_the_table() {
     queue.set_ready(true);
     let chain = queue.iter(&memory.ram).unwrap().next().unwrap();
     assert_eq!(
-        Chain::parse(&memory, SIZE, chain).err(),
+        Chain::parse(&memory, SIZE, chain, |_, _| {}).err(),
         Some(ChainError::Endless)
     );
 }
