@@ -273,6 +273,11 @@ impl Template {
         }
     }
 
+    /// The same memory in other files. Nobody has had it yet.
+    pub(crate) fn with_memory(self, image: Image) -> Self {
+        Self { image, ..self }
+    }
+
     /// A template of a frozen child of another.
     pub(crate) fn frozen(
         parent: &TemplateInfo,

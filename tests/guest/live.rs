@@ -245,20 +245,20 @@ fn memory_that_was_freed_comes_back() {
     }
 }
 
-/// How many forks, and of how much memory, unless `VM_RUN_TEST_FORKS` says otherwise.
-const FORKS: usize = 4;
+/// How many children, and of how much memory, unless `VM_RUN_TEST_FORKS` says otherwise.
+const CHILDREN: usize = 4;
 const MEBIBYTES: &str = "8";
 const MANY_MEBIBYTES: &str = "64";
 
 /// A program that would notice, with threads that write all the time, forked again and
-/// again; every other fork is of the last one and not of the first.
+/// again; every other fork is of a child of the last one and not of the first.
 #[test]
 fn memory_is_right_after_many_forks() {
     let many = std::env::var("VM_RUN_TEST_FORKS").ok();
     let many: Option<usize> = many.and_then(|n| n.parse().ok());
-    let (vcpus, forks, size) = match many {
-        Some(forks) => (&[1, 2, 4, 8][..], forks / 4, MANY_MEBIBYTES),
-        None => (&[1, 2][..], FORKS, MEBIBYTES),
+    let (vcpus, children, at_once, size) = match many {
+        Some(many) => (&[1, 2, 4, 8][..], many.div_ceil(4), 8, MANY_MEBIBYTES),
+        None => (&[1, 2][..], CHILDREN, 2, MEBIBYTES),
     };
     for &vcpus in vcpus {
         let template = boot(192, vcpus);
@@ -276,24 +276,38 @@ fn memory_is_right_after_many_forks() {
         let own = process.expect("starts").stdout.expect("was asked for");
         let mut own = BufReader::new(own);
         check_rounds(&source, &mut own, 2);
-        let mut last: Option<(Child, BufReader<UnixStream>)> = None;
-        for number in 0..forks {
+        let mut last = None;
+        let mut right = 0;
+        while right < children {
             let from = match &mut last {
-                Some((last, _)) if number % 2 == 1 => last,
+                Some((last, _)) if right / at_once % 2 == 1 => last,
                 _ => &mut source,
             };
-            let specs = vec![named(&format!("child-{number}"))];
-            let forked = from.fork(&Place::ThisProcess, specs, None).expect("forks");
-            let child = forked.children.into_iter().next().expect("one");
-            let mut child = child.expect("is forked");
-            let process = child.attach(&[Stream::Stdout]).expect("attaches");
-            let mut stdout = BufReader::new(process.stdout.expect("was asked for"));
-            check_rounds(&child, &mut stdout, 1);
-            last = Some((child, stdout));
+            let count = at_once.min(children - right);
+            let specs = (right..right + count).map(|number| named(&format!("child-{number}")));
+            let forked = from.fork(&Place::ThisProcess, specs.collect(), None);
+            let mut family = forked.expect("forks").children.into_iter();
+            // Processors are for those who have something to show.
+            source.pause().expect("stops");
+            last = family
+                .by_ref()
+                .map(|child| is_right(child.expect("is forked")))
+                .last();
+            source.unpause().expect("goes on");
+            right += count;
+            println!("{right} children of a VM with {vcpus} vCPUs were right");
         }
         // What it has said meanwhile is read before.
         check_rounds(&source, &mut own, 2);
     }
+}
+
+/// Waits until it has found all of its memory right once; with what it says then.
+fn is_right(mut child: Child) -> (Child, BufReader<UnixStream>) {
+    let process = child.attach(&[Stream::Stdout]).expect("attaches");
+    let mut stdout = BufReader::new(process.stdout.expect("was asked for"));
+    check_rounds(&child, &mut stdout, 1);
+    (child, stdout)
 }
 
 /// Reads until the program has found all of its memory right, so often as this child.

@@ -31,10 +31,23 @@ const SPREADS: LiveLoad = LiveLoad {
     ..LOAD
 };
 
+/// Every second page of half of its memory: each is a mapping of each child.
+const SCATTERS: LiveLoad = LiveLoad {
+    runs: 8192,
+    stride: 8 << 10,
+    pages: 1,
+    area: 96 * MIB,
+    ..LOAD
+};
+
 pub fn template(load: &LiveLoad) -> Template {
+    template_with(load, 64 * MIB)
+}
+
+fn template_with(load: &LiveLoad, memory: u64) -> Template {
     let host = Arc::new(Host::open().expect("these tests need /dev/kvm"));
     let spec = BootSpec {
-        memory: 64 * MIB,
+        memory,
         program: live_bench(load),
         ..BootSpec::default()
     };
@@ -139,4 +152,16 @@ fn a_line_of_forks_is_as_deep_as_one_likes() {
     );
     let source = template.fork(child("source")).expect("forks");
     assert!(is_forked_to_any_depth(&Place::ThisProcess, source, true) <= 5);
+}
+
+#[test]
+fn more_children_are_forked_in_this_process_than_it_has_mappings_for() {
+    let template = template_with(&SCATTERS, 128 * MIB);
+    let mut source = template.fork(child("source")).expect("forks");
+    begins(&mut source);
+    let mut children = forks(&mut source, &Place::ThisProcess, 8);
+    answer(&mut children);
+    let memory = source.memory().expect("an image");
+    assert!(memory.runs() < 8192, "{}", memory.runs());
+    answer(&mut forks(&mut source, &Place::ThisProcess, 4));
 }

@@ -41,7 +41,7 @@ pub use error::{ConfigError, Error, HostError};
 pub use host::{Cpu, Host, ThreadKind, ThreadStart, VMS_PER_PROCESS};
 pub use layout::{MEMORY_MAX, MEMORY_MIN, RamRange, VCPUS_MAX};
 pub use machine::{Disks, Event, EventSink, Tap};
-pub use memory::{Image, LAYERS_MAX, Merged, Ram, Run};
+pub use memory::{Image, LAYERS_MAX, Merged, Ram, Run, mappings_left};
 pub use moment::Moment;
 pub use payload::Payload;
 pub use prepared::{Birth, Prepared, Shell, fork};

@@ -64,9 +64,17 @@ impl Child {
         let requests = requests.collect::<Result<Vec<_>, _>>()?;
         let image = self.make_room()?;
         let mut waiting = make(place, &info.host, &image, self.vcpus, requests.len())?;
+        let most = mappings_for_each(place, waiting.len());
         let capturing = self.machine.begin_capture(info.live.is_some())?;
-        lay(&mut waiting, capturing.so_far())?;
-        let (template, cost) = self.finish(capturing, info, spec)?;
+        if capturing.so_far().runs() <= most {
+            lay(&mut waiting, capturing.so_far())?;
+        }
+        let (mut template, cost) = self.finish(capturing, info, spec)?;
+        if template.image().runs() > most {
+            let fitting = template.image().within(most)?;
+            template = template.with_memory(fitting);
+            self.machine.set_image(template.image().clone());
+        }
         let children = start(place, &template, waiting, requests);
         Ok(LiveFork { children, cost })
     }
@@ -217,6 +225,14 @@ fn spawn(
         Ok(remote)
     };
     (0..count).map(spawn).collect()
+}
+
+/// How many mappings the memory of each of so many children may be. Workers have one each.
+fn mappings_for_each(place: &Place, count: usize) -> usize {
+    match place {
+        Place::ThisProcess => vmm::mappings_left() / count.max(1),
+        Place::Workers(_) => usize::MAX,
+    }
 }
 
 /// Maps what there is of the memory, while the source runs.

@@ -25,13 +25,36 @@ static uint64_t *counts;
 static atomic_flag *locks;
 static size_t len;
 
-static uint64_t word(size_t page, uint64_t count, size_t at)
+/* The first word of a page that was written so often. Each next one is STEP more. */
+#define STEP 0xd1342543de82ef95
+
+static uint64_t first(size_t page, uint64_t count)
 {
-	uint64_t x = page * 0x9e3779b97f4a7c15 + count * 0xbf58476d1ce4e5b9 + at;
+	uint64_t x = page * 0x9e3779b97f4a7c15 + count * 0xbf58476d1ce4e5b9;
 
 	x ^= x >> 31;
 	x *= 0x94d049bb133111eb;
 	return x ^ x >> 29;
+}
+
+static void fill(size_t page)
+{
+	uint64_t word = first(page, counts[page]);
+
+	for (size_t at = 0; at < WORDS; at++, word += STEP)
+		pages[page][at] = word;
+}
+
+static void check(size_t page)
+{
+	uint64_t word = first(page, counts[page]);
+
+	for (size_t at = 0; at < WORDS; at++, word += STEP) {
+		if (pages[page][at] != word) {
+			printf("page %zu, word %zu is wrong\n", page, at);
+			exit(1);
+		}
+	}
 }
 
 static void take(size_t page)
@@ -52,8 +75,7 @@ static void *scribble(void *seed)
 		size_t page = x % len;
 		take(page);
 		counts[page]++;
-		for (size_t at = 0; at < WORDS; at++)
-			pages[page][at] = word(page, counts[page], at);
+		fill(page);
 		atomic_flag_clear(&locks[page]);
 		if (done % 16 == 0)
 			nanosleep(&pause, NULL);
@@ -84,8 +106,7 @@ int main(int argc, char **argv)
 	if (pages == MAP_FAILED || !counts || !locks)
 		return 1;
 	for (size_t page = 0; page < len; page++)
-		for (size_t at = 0; at < WORDS; at++)
-			pages[page][at] = word(page, 0, at);
+		fill(page);
 	for (long thread = 1; thread <= strtol(argv[2], NULL, 10); thread++) {
 		pthread_t id;
 
@@ -97,12 +118,7 @@ int main(int argc, char **argv)
 
 		for (size_t page = 0; page < len; page++) {
 			take(page);
-			for (size_t at = 0; at < WORDS; at++) {
-				if (pages[page][at] != word(page, counts[page], at)) {
-					printf("page %zu, word %zu is wrong\n", page, at);
-					return 1;
-				}
-			}
+			check(page);
 			atomic_flag_clear(&locks[page]);
 		}
 		if (before == generation()) {

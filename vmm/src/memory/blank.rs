@@ -5,8 +5,9 @@
 //! had there. So what a child gives back is mapped anew, over nothing. A parent that is
 //! booting has its own file, which gets a hole.
 
+use super::overlay::{self, Mappings, mappings_left};
 use super::pages::{PageSet, Run};
-use super::{overlay, punch};
+use super::punch;
 use crate::layout::RamRange;
 use devices::GuestMemory;
 use devices::virtio::Reclaim;
@@ -20,9 +21,9 @@ use vm_run_abi::PAGE_SIZE;
 /// none that is smaller (its pageblock_order).
 const BLOCK: u64 = 2 << 20;
 
-/// The most blocks of a child that are ever taken, 32 GiB: every second one is a mapping,
-/// of the 65530 that a process may have (Linux vm.max_map_count).
-const BLOCKS_MAX: u64 = 16 << 10;
+/// No new block is taken where a process has no more mappings than these: a fork takes
+/// some too.
+const MAPPINGS_KEPT: usize = 20_000;
 
 /// What a child has given back; a page that it wrote later is still in it.
 #[derive(Debug)]
@@ -30,7 +31,6 @@ pub(crate) struct Blank {
     all: PageSet,
     /// Since the last [`Self::take`].
     news: PageSet,
-    blocks: u64,
 }
 
 impl Blank {
@@ -38,12 +38,10 @@ impl Blank {
         Self {
             all: PageSet::none_of(bytes),
             news: PageSet::none_of(bytes),
-            blocks: 0,
         }
     }
 
     fn insert(&mut self, block: Run) {
-        self.blocks += u64::from(!self.all.contains(block.first));
         self.all.insert(block);
         self.news.insert(block);
     }
@@ -84,6 +82,7 @@ pub(super) struct Reclaimer {
     /// Of a parent, which writes it.
     pub(super) file: Option<Arc<File>>,
     pub(super) blanks: Blanks,
+    pub(super) mappings: Arc<Mappings>,
     /// Whether the system would not: it is said once, and nothing is taken any more.
     pub(super) failed: AtomicBool,
 }
@@ -126,11 +125,15 @@ impl Reclaimer {
             first: offset / PAGE_SIZE,
             count: BLOCK / PAGE_SIZE,
         };
-        if blank.blocks >= BLOCKS_MAX && !blank.all.contains(block.first) {
-            return Ok(());
-        }
-        let mapped = overlay::map_nothing(&self.memory, GuestAddress(gpa), BLOCK as usize);
-        mapped.map_err(|e| e.to_string())?;
+        // Another one is mapped over the first: it is counted once.
+        let none = Mappings::default();
+        let count = match blank.all.contains(block.first) {
+            true => &none,
+            false if mappings_left() < MAPPINGS_KEPT => return Ok(()),
+            false => &self.mappings,
+        };
+        overlay::map_nothing(&self.memory, GuestAddress(gpa), BLOCK as usize, count)
+            .map_err(|e| e.to_string())?;
         blank.insert(block);
         Ok(())
     }

@@ -34,8 +34,8 @@ impl Image {
         self.layers.len() > LAYERS_KEPT || self.runs() > RUNS_MANY
     }
 
-    /// How many mappings its layers are.
-    fn runs(&self) -> usize {
+    /// How many mappings its layers are: see [`mappings_left`](super::mappings_left).
+    pub fn runs(&self) -> usize {
         let runs = |layer: &Layer| layer.pages.runs().count();
         self.layers.iter().map(runs).sum()
     }
@@ -69,7 +69,25 @@ impl Image {
         if !self.has_many_layers() {
             return Ok(None);
         }
-        let kept = self.layers.len() - self.worth_merging();
+        self.merge_youngest(self.worth_merging(), RUNS_MERGED)
+            .map(Some)
+    }
+
+    /// The same memory in no more mappings than `most`: one layer, of what would be too many,
+    /// and what lies between that.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn within(&self, most: usize) -> Result<Self, Error> {
+        if self.runs() <= most {
+            return Ok(self.clone());
+        }
+        let merged = self.merge_youngest(self.layers.len(), most.max(1))?;
+        Ok(self.with_merged(&merged))
+    }
+
+    fn merge_youngest(&self, count: usize, most_runs: usize) -> Result<Merged, Error> {
+        let kept = self.layers.len() - count;
         let (older, young) = self.layers.split_at(kept);
         let file = memory_file(self.bytes)?;
         let copy = |from: &File, pages: &PageSet| {
@@ -84,7 +102,7 @@ impl Image {
         }
         // What lies between them too, if they are scattered.
         let mut between = pages.clone();
-        between.widen(RUNS_MERGED);
+        between.widen(most_runs);
         between.remove(&pages);
         pages.add(&between);
         for layer in older {
@@ -94,14 +112,14 @@ impl Image {
         copy(&self.base, &between)?;
         seal_unmapped(&file)?;
         let files = |layers: &[Layer]| layers.iter().map(|it| Arc::clone(&it.file)).collect();
-        Ok(Some(Merged {
+        Ok(Merged {
             layer: Layer {
                 file: Arc::new(file),
                 pages,
             },
             older: files(older),
             instead_of: files(young),
-        }))
+        })
     }
 
     /// The same memory with what was made of some layers of it, or of what it was before
@@ -252,6 +270,11 @@ mod tests {
             let fewer = image.with_merged(&merged);
             assert!(fewer.runs() < 4, "{}", fewer.runs());
             assert_eq!(seen(&fewer), seen(&image));
+            for most in [1, 2, 100, 9000] {
+                let fitting = image.within(most).expect("merged");
+                assert!(fitting.runs() <= most, "{}", fitting.runs());
+                assert_eq!(seen(&fitting), seen(&image));
+            }
         }
     }
 

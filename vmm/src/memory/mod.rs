@@ -24,6 +24,8 @@ pub(crate) use blank::{Blanks, take_news};
 pub(crate) use image::Layer;
 pub use image::{Image, LAYERS_MAX};
 pub use merge::Merged;
+use overlay::Mappings;
+pub use overlay::mappings_left;
 pub(crate) use pages::PageSet;
 pub use pages::Run;
 
@@ -54,6 +56,7 @@ pub struct Ram {
     bytes: u64,
     over: Over,
     blanks: Blanks,
+    mappings: Arc<Mappings>,
 }
 
 /// What a VM's memory is mapped over.
@@ -80,6 +83,7 @@ impl Ram {
             bytes,
             over: Over::Shared(file),
             blanks: Blanks::default(),
+            mappings: Arc::default(),
         })
     }
 
@@ -103,6 +107,7 @@ impl Ram {
             bytes: image.bytes(),
             over: Over::Private(Image::flat(Arc::clone(image.shared_base()), image.bytes())),
             blanks: Blanks::default(),
+            mappings: Arc::default(),
         })
     }
 
@@ -131,8 +136,15 @@ impl Ram {
 
     /// Maps the pages of a layer over what is there.
     fn lay(&self, layer: &Layer) -> Result<(), Error> {
+        let (runs, left) = (layer.pages.runs().count(), mappings_left());
+        if runs > left {
+            return Err(Error::State(format!(
+                "its memory is {runs} mappings, and this process can have {left} more: \
+                 have fewer children at once, or each in a worker"
+            )));
+        }
         for (gpa, part) in self.parts(&layer.pages) {
-            overlay::map(&self.memory, gpa, &layer.file, part)?;
+            overlay::map(&self.memory, gpa, &layer.file, part, &self.mappings)?;
         }
         Ok(())
     }
@@ -247,6 +259,7 @@ impl Ram {
                 Over::Private(_) => None,
             },
             blanks: self.blanks.clone(),
+            mappings: Arc::clone(&self.mappings),
             failed: AtomicBool::new(false),
         })
     }
