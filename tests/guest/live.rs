@@ -1,6 +1,7 @@
 //! Containers that are forked while they run.
 
 use crate::support::{PATIENCE, boot, fork_busybox, fork_with, programs_rootfs};
+use fork::worker::{Jail, Limits, Workers, WorkersSpec};
 use fork::{
     Child, ContainerSpec, Disks, ForkSpec, Place, Process, ProcessSpec, Stream, Template, Writable,
 };
@@ -9,7 +10,7 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// A shell that reads lines and obeys them.
@@ -251,55 +252,77 @@ const MEBIBYTES: &str = "8";
 const MANY_MEBIBYTES: &str = "64";
 
 /// A program that would notice, with threads that write all the time, forked again and
-/// again; every other fork is of a child of the last one and not of the first.
-#[test]
-fn memory_is_right_after_many_forks() {
+/// again into workers; every other fork is of a child of the last one and not of the first.
+fn memory_is_right(vcpus: u8) {
     let many = std::env::var("VM_RUN_TEST_FORKS").ok();
     let many: Option<usize> = many.and_then(|n| n.parse().ok());
-    let (vcpus, children, at_once, size) = match many {
-        Some(many) => (&[1, 2, 4, 8][..], many.div_ceil(4), 8, MANY_MEBIBYTES),
-        None => (&[1, 2][..], CHILDREN, 2, MEBIBYTES),
+    // There are four of these tests.
+    let (children, at_once, size) = match many {
+        Some(many) => (many.div_ceil(4), 8, MANY_MEBIBYTES),
+        None => (CHILDREN, 2, MEBIBYTES),
     };
-    for &vcpus in vcpus {
-        let template = boot(192, vcpus);
-        let disks = Disks {
-            root: Some(programs_rootfs()),
-            writable: None,
+    let program = env!("CARGO_BIN_EXE_vm-run-worker").into();
+    let jail = Jail::On(Limits::default());
+    let workers = Workers::start(WorkersSpec { program, jail }).expect("a spawner");
+    let place = Place::Workers(Arc::new(workers));
+    let template = boot(192, vcpus);
+    let disks = Disks {
+        root: Some(programs_rootfs()),
+        writable: None,
+    };
+    let mut source = fork_with(&template, "source", disks);
+    let container = ContainerSpec {
+        writable: Writable::Memory { limit: 16 << 20 },
+        ..ContainerSpec::default()
+    };
+    let words = ["/bin/scribble", size, "2"];
+    let process = source.start(container, process(&words, &[Stream::Stdout]));
+    let own = process.expect("starts").stdout.expect("was asked for");
+    let mut own = BufReader::new(own);
+    check_rounds(&source, &mut own, 2);
+    let mut last = None;
+    let mut right = 0;
+    while right < children {
+        let from = match &mut last {
+            Some((last, _)) if right / at_once % 2 == 1 => last,
+            _ => &mut source,
         };
-        let mut source = fork_with(&template, "source", disks);
-        let container = ContainerSpec {
-            writable: Writable::Memory { limit: 16 << 20 },
-            ..ContainerSpec::default()
-        };
-        let words = ["/bin/scribble", size, "2"];
-        let process = source.start(container, process(&words, &[Stream::Stdout]));
-        let own = process.expect("starts").stdout.expect("was asked for");
-        let mut own = BufReader::new(own);
-        check_rounds(&source, &mut own, 2);
-        let mut last = None;
-        let mut right = 0;
-        while right < children {
-            let from = match &mut last {
-                Some((last, _)) if right / at_once % 2 == 1 => last,
-                _ => &mut source,
-            };
-            let count = at_once.min(children - right);
-            let specs = (right..right + count).map(|number| named(&format!("child-{number}")));
-            let forked = from.fork(&Place::ThisProcess, specs.collect(), None);
-            let mut family = forked.expect("forks").children.into_iter();
-            // Processors are for those who have something to show.
-            source.pause().expect("stops");
-            last = family
-                .by_ref()
-                .map(|child| is_right(child.expect("is forked")))
-                .last();
-            source.unpause().expect("goes on");
-            right += count;
-            println!("{right} children of a VM with {vcpus} vCPUs were right");
-        }
-        // What it has said meanwhile is read before.
-        check_rounds(&source, &mut own, 2);
+        let count = at_once.min(children - right);
+        let specs = (right..right + count).map(|number| named(&format!("child-{number}")));
+        let forked = from.fork(&place, specs.collect(), None);
+        let mut family = forked.expect("forks").children.into_iter();
+        // Processors are for those who have something to show.
+        source.pause().expect("stops");
+        last = family
+            .by_ref()
+            .map(|child| is_right(child.expect("is forked")))
+            .last();
+        source.unpause().expect("goes on");
+        right += count;
+        println!("{right} children of a VM with {vcpus} vCPUs were right");
     }
+    // What it has said meanwhile is read before.
+    check_rounds(&source, &mut own, 2);
+}
+
+#[test]
+fn memory_is_right_after_many_forks_with_one_vcpu() {
+    memory_is_right(1);
+}
+
+#[test]
+fn memory_is_right_after_many_forks_with_two_vcpus() {
+    memory_is_right(2);
+}
+
+#[test]
+fn memory_is_right_after_many_forks_with_four_vcpus() {
+    memory_is_right(4);
+}
+
+#[test]
+fn memory_is_right_after_many_forks_with_eight_vcpus() {
+    memory_is_right(8);
 }
 
 /// Waits until it has found all of its memory right once; with what it says then.
