@@ -51,6 +51,8 @@ pub enum Command {
     /// Build, list, inspect and remove templates
     #[command(subcommand)]
     Template(TemplateCommand),
+    /// Serve docker's API, so that docker is a client
+    Daemon(crate::daemon::DaemonArgs),
     /// Measure
     #[command(subcommand)]
     Bench(BenchCommand),

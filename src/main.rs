@@ -4,6 +4,7 @@ mod args;
 mod bell;
 mod bench;
 mod container;
+mod daemon;
 mod database;
 mod disk;
 mod doctor;
@@ -114,6 +115,7 @@ fn dispatch(args: Args) -> anyhow::Result<u8> {
         Command::Network(command) => net::cli::run(command, &root()?).map(|()| 0),
         Command::Volume(command) => volume::cli::run(command, &root()?).map(|()| 0),
         Command::Template(command) => templates::cli(command, &root()?).map(|()| 0),
+        Command::Daemon(args) => daemon::run(&args, &root()?),
         Command::Bench(bench) => bench::cli(bench).map(|()| 0),
         Command::Doctor { json } => doctor::cli(json),
         Command::Selftest { json } => selftest::cli(json),

@@ -158,6 +158,31 @@ pub fn create(args: &CreateArgs, root: &Path) -> Result<u8> {
     Ok(0)
 }
 
+/// Makes a container of the words after `vm-run`, for another face.
+///
+/// # Errors
+/// One line.
+pub fn create_of(
+    engine: &Engine,
+    words: &[String],
+    is_watched: bool,
+    root: &Path,
+) -> Result<Record> {
+    #[derive(clap::Parser)]
+    struct Words {
+        #[command(flatten)]
+        create: CreateArgs,
+    }
+    // What is wrong with a word is said in its first line.
+    let args = <Words as clap::Parser>::try_parse_from(words).map_err(|error| {
+        let text = error.to_string();
+        let line = text.lines().next().unwrap_or_default();
+        anyhow!("{}", line.trim_start_matches("error: "))
+    })?;
+    let spec = plan(&args.create, is_watched, root)?;
+    make(engine, &args.create, spec)
+}
+
 /// `vm-run run`: runs the container; returns its exit status, or prints its id.
 ///
 /// # Errors

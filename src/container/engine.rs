@@ -2,7 +2,8 @@
 
 use super::directory::{self, Directory};
 use super::record::{Layer, Record, Spec, State, Status};
-use super::store::Store;
+use super::store::{Store, name_taken};
+use super::unfit::Unfit;
 use super::wire::{self, Answer, Request, Window};
 use super::{LOG, ROOT, WRITABLE, id};
 use crate::volume::Store as Volumes;
@@ -65,9 +66,7 @@ impl Engine {
             Some(name) => {
                 id::check_name(&name)?;
                 if self.store.has_name(&name)? {
-                    bail!(
-                        "the name {name} is taken by another container: remove or rename it first"
-                    );
+                    return Err(name_taken(&name).into());
                 }
                 name
             }
@@ -288,7 +287,7 @@ impl Engine {
     /// A container that is not running; what the supervisor says.
     pub fn ask(&self, record: &Record, request: &Request) -> Result<(Answer, UnixStream)> {
         if !record.state.status.is_live() {
-            bail!("container {} is not running", record.name);
+            return Err(not_running(record).into());
         }
         self.ask_owner(record, request)
     }
@@ -299,9 +298,7 @@ impl Engine {
     /// As [`Self::ask`].
     pub fn ask_owner(&self, record: &Record, request: &Request) -> Result<(Answer, UnixStream)> {
         let connected = self.directory(record).connect();
-        let mut stream = connected
-            .ok()
-            .with_context(|| format!("container {} is not running", record.name))?;
+        let mut stream = connected.map_err(|_| not_running(record))?;
         wire::send(&mut stream, request).context("the container's supervisor has gone")?;
         Ok((answer(&mut stream)?, stream))
     }
@@ -351,7 +348,10 @@ impl Engine {
             if now.state.status.is_live() {
                 if !force {
                     let (name, status) = (&now.name, now.state.status.word());
-                    bail!("container {name} is {status}: stop it first, or remove it with --force");
+                    let why = format!(
+                        "container {name} is {status}: stop it first, or remove it with --force"
+                    );
+                    return Err(Unfit::conflict(why).into());
                 }
                 self.end(&now, &Request::Kill)?;
             }
@@ -363,10 +363,11 @@ impl Engine {
                 break;
             }
             if !force || Instant::now() >= deadline {
-                bail!(
+                return Err(Unfit::conflict(format!(
                     "container {} is in use: it is being started, or its files are open",
                     now.name
-                );
+                ))
+                .into());
             }
             if let Ok(again) = self.find(&now.id) {
                 now = again;
@@ -482,6 +483,10 @@ impl Engine {
     fn sweep(&self) {
         directory::sweep(&self.root, |id| self.store.has_id(id));
     }
+}
+
+fn not_running(record: &Record) -> Unfit {
+    Unfit::conflict(format!("container {} is not running", record.name))
 }
 
 /// What belongs to a container before it begins.

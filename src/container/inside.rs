@@ -3,9 +3,10 @@
 
 use super::engine::Engine;
 use super::files::Files;
-use super::record::Status;
+use super::record::{Record, Status};
 use super::show;
-use anyhow::{Result, bail};
+use super::unfit::Unfit;
+use anyhow::Result;
 use fork::task::{Change, ChangeKind, ProcessRow, Task};
 use jiff::Timestamp;
 use std::io::Write;
@@ -15,11 +16,7 @@ use std::io::Write;
 /// # Errors
 /// One line.
 pub fn diff(engine: &Engine, wanted: &str, out: &mut impl Write) -> Result<()> {
-    let record = engine.find(wanted)?;
-    let files = Files::of(engine, &record)?;
-    let changes = files.ask::<Vec<Change>>(Task::Changes);
-    let closed = files.close();
-    for change in changes? {
+    for change in changes(engine, &engine.find(wanted)?)? {
         let letter = match change.kind {
             ChangeKind::Changed => 'C',
             ChangeKind::Added => 'A',
@@ -27,7 +24,18 @@ pub fn diff(engine: &Engine, wanted: &str, out: &mut impl Write) -> Result<()> {
         };
         writeln!(out, "{letter} {}", shown(&change.path))?;
     }
-    closed
+    Ok(())
+}
+
+/// What a container has changed of its image.
+///
+/// # Errors
+/// One whose files cannot be reached.
+pub fn changes(engine: &Engine, record: &Record) -> Result<Vec<Change>> {
+    let files = Files::of(engine, record)?;
+    let changes = files.ask(Task::Changes);
+    files.close()?;
+    changes
 }
 
 /// `vm-run top`
@@ -35,16 +43,26 @@ pub fn diff(engine: &Engine, wanted: &str, out: &mut impl Write) -> Result<()> {
 /// # Errors
 /// A container that does not run.
 pub fn top(engine: &Engine, wanted: &str, out: &mut impl Write) -> Result<()> {
-    let record = engine.find(wanted)?;
+    show::columns(&processes(engine, &engine.find(wanted)?)?, out)
+}
+
+/// The processes of a container as a table, its header first.
+///
+/// # Errors
+/// A container that does not run.
+pub fn processes(engine: &Engine, record: &Record) -> Result<Vec<[String; 8]>> {
     if record.state.status != Status::Running {
-        let status = record.state.status.word();
-        bail!("container {wanted} is {status}: only one that runs has processes to show");
+        let (name, status) = (&record.name, record.state.status.word());
+        return Err(Unfit::conflict(format!(
+            "container {name} is {status}: only one that runs has processes to show"
+        ))
+        .into());
     }
-    let rows: Vec<ProcessRow> = Files::of(engine, &record)?.ask(Task::Processes)?;
+    let rows: Vec<ProcessRow> = Files::of(engine, record)?.ask(Task::Processes)?;
     let header = ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"];
     let mut table = vec![header.map(str::to_owned)];
     table.extend(rows.iter().map(columns_of));
-    show::columns(&table, out)
+    Ok(table)
 }
 
 fn columns_of(row: &ProcessRow) -> [String; 8] {

@@ -41,6 +41,16 @@ pub struct Entry<'a> {
     pub time: Timestamp,
 }
 
+impl Entry<'_> {
+    /// As it is shown, perhaps with the time before it.
+    pub fn line(&self, timestamps: bool) -> String {
+        match timestamps {
+            true => format!("{:.9} {}", self.time, self.text),
+            false => self.text.clone().into_owned(),
+        }
+    }
+}
+
 /// The writer: one for each container.
 pub struct Log {
     path: PathBuf,

@@ -34,13 +34,17 @@ pub struct Args {
     container: String,
 }
 
-/// What of a log is shown.
+/// What of a log is wanted, in docker's notation.
 #[derive(Debug, Default)]
-struct Filter {
-    tail: Option<usize>,
-    since: Option<Timestamp>,
-    until: Option<Timestamp>,
-    timestamps: bool,
+pub struct Wanted {
+    /// The last so many lines only.
+    pub tail: Option<usize>,
+    /// From then on.
+    pub since: Option<String>,
+    /// Until then.
+    pub until: Option<String>,
+    /// Until the container ends, and not only what is there.
+    pub follow: bool,
 }
 
 /// Prints it.
@@ -48,15 +52,44 @@ struct Filter {
 /// # Errors
 /// One line.
 pub fn show(engine: &Engine, args: &Args) -> Result<()> {
-    let record = engine.find(&args.container)?;
-    let filter = Filter::new(args, Timestamp::now())?;
+    let wanted = Wanted {
+        tail: match args.tail.as_deref() {
+            None | Some("all") => None,
+            Some(n) => Some(n.parse().context("--tail is a number of lines, or all")?),
+        },
+        since: args.since.clone(),
+        until: args.until.clone(),
+        follow: args.follow,
+    };
+    let timestamps = args.timestamps;
+    read(engine, engine.find(&args.container)?, &wanted, |entry| {
+        let line = entry.line(timestamps);
+        match entry.stream {
+            Output::Stdout => std::io::stdout().write_all(line.as_bytes())?,
+            Output::Stderr => std::io::stderr().write_all(line.as_bytes())?,
+        }
+        Ok(())
+    })
+}
+
+/// Reads what is wanted of a container's log, an entry at a time.
+///
+/// # Errors
+/// A time that is none, what the file system says, or what `take` says, which ends it.
+pub fn read(
+    engine: &Engine,
+    record: Record,
+    wanted: &Wanted,
+    mut take: impl FnMut(&Entry<'_>) -> Result<()>,
+) -> Result<()> {
+    let span = Span::of(wanted, Timestamp::now())?;
     let mut reader = Reader::open(&engine.log_path(&record), record.spec.log.max_files)?;
     let mut waiting = VecDeque::new();
     while let Some(entry) = reader.next()? {
-        if !filter.passes(&entry) {
+        if !span.has(&entry) {
             continue;
         }
-        match filter.tail {
+        match wanted.tail {
             Some(0) => {}
             Some(tail) => {
                 if waiting.len() == tail {
@@ -64,27 +97,21 @@ pub fn show(engine: &Engine, args: &Args) -> Result<()> {
                 }
                 waiting.push_back(entry);
             }
-            None => filter.print(&entry)?,
+            None => take(&entry)?,
         }
     }
-    for entry in waiting {
-        filter.print(&entry)?;
+    waiting.iter().try_for_each(&mut take)?;
+    if !wanted.follow {
+        return Ok(());
     }
-    if args.follow {
-        follow(engine, record, &mut reader, &filter)?;
-    }
-    Ok(())
-}
-
-fn follow(engine: &Engine, record: Record, reader: &mut Reader, filter: &Filter) -> Result<()> {
     let mut is_live = record.state.status.is_live();
     loop {
         while let Some(entry) = reader.next()? {
-            if filter.until.is_some_and(|until| entry.time > until) {
+            if span.is_over(&entry) {
                 return Ok(());
             }
-            if filter.passes(&entry) {
-                filter.print(&entry)?;
+            if span.has(&entry) {
+                take(&entry)?;
             }
         }
         // Once more after it has ended, for what it said last.
@@ -97,37 +124,28 @@ fn follow(engine: &Engine, record: Record, reader: &mut Reader, filter: &Filter)
     }
 }
 
-impl Filter {
-    fn new(args: &Args, now: Timestamp) -> Result<Self> {
+/// From when to when.
+struct Span {
+    since: Option<Timestamp>,
+    until: Option<Timestamp>,
+}
+
+impl Span {
+    fn of(wanted: &Wanted, now: Timestamp) -> Result<Self> {
         let time =
             |text: &Option<String>| text.as_deref().map(|text| moment(text, now)).transpose();
         Ok(Self {
-            tail: match args.tail.as_deref() {
-                None | Some("all") => None,
-                Some(n) => Some(n.parse().context("--tail is a number of lines, or all")?),
-            },
-            since: time(&args.since)?,
-            until: time(&args.until)?,
-            timestamps: args.timestamps,
+            since: time(&wanted.since)?,
+            until: time(&wanted.until)?,
         })
     }
 
-    fn passes(&self, entry: &Entry<'_>) -> bool {
-        self.since.is_none_or(|since| entry.time >= since)
-            && self.until.is_none_or(|until| entry.time <= until)
+    fn has(&self, entry: &Entry<'_>) -> bool {
+        self.since.is_none_or(|since| entry.time >= since) && !self.is_over(entry)
     }
 
-    fn print(&self, entry: &Entry<'_>) -> Result<()> {
-        let time = if self.timestamps {
-            format!("{:.9} ", entry.time)
-        } else {
-            String::new()
-        };
-        match entry.stream {
-            Output::Stdout => write!(std::io::stdout(), "{time}{}", entry.text)?,
-            Output::Stderr => write!(std::io::stderr(), "{time}{}", entry.text)?,
-        }
-        Ok(())
+    fn is_over(&self, entry: &Entry<'_>) -> bool {
+        self.until.is_some_and(|until| entry.time > until)
     }
 }
 

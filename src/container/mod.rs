@@ -33,16 +33,21 @@ mod show;
 mod signal;
 mod store;
 pub mod supervisor;
-mod wire;
+mod unfit;
+pub mod wire;
 
 pub use capabilities::normalize as normalize_capability;
 pub use engine::{Engine, Refused};
 pub use id::{check_name, is_id, new_id};
+pub use inside::{changes, processes};
 pub use keys::Keys;
+pub use log::Output;
+pub use logs::{Wanted, read as read_log};
 pub use options::{HOST_GATEWAY, HealthCheck, Memory, Options, Ulimit};
-pub use record::{Layer, LogLimits, Record, RestartPolicy, Spec};
-pub use show::columns;
+pub use record::{Layer, LogLimits, Record, RestartPolicy, Spec, Status};
+pub use show::{columns, object, status};
 pub use signal::parse as parse_signal;
+pub use unfit::Unfit;
 
 /// Its root file system, in its directory.
 const ROOT: &str = "root";

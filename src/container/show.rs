@@ -126,7 +126,7 @@ fn command(record: &Record, whole: bool) -> String {
 }
 
 /// Docker's words for where a container stands.
-fn status(state: &State) -> String {
+pub fn status(state: &State) -> String {
     let since = |at: Option<Timestamp>| at.map_or_else(|| "some time".to_owned(), age);
     match state.status {
         Status::Created => "Created".to_owned(),
@@ -165,7 +165,8 @@ pub fn json(engine: &Engine, records: &[Record], out: &mut impl Write) -> Result
 /// Docker's zero of time.
 const NEVER: &str = "0001-01-01T00:00:00Z";
 
-fn object(engine: &Engine, record: &Record) -> Value {
+/// A container as docker describes it, as far as that has a meaning here.
+pub fn object(engine: &Engine, record: &Record) -> Value {
     let (spec, state) = (&record.spec, &record.state);
     let time = |at: Option<Timestamp>| at.map_or(NEVER.to_owned(), |at| at.to_string());
     let status = state.status;

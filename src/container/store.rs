@@ -1,6 +1,7 @@
 //! The containers there are: one database in the state directory.
 
 use super::record::{Record, Spec, State};
+use super::unfit::Unfit;
 use crate::database;
 use anyhow::{Context, Result, bail};
 use rusqlite::{Connection, OptionalExtension, Row};
@@ -79,7 +80,7 @@ impl Store {
         let is_prefix =
             wanted.len() >= SHORTEST_PREFIX && wanted.bytes().all(|byte| byte.is_ascii_hexdigit());
         if !is_prefix {
-            bail!("no such container: {wanted}");
+            return Err(Unfit::missing(format!("no such container: {wanted}")).into());
         }
         let mut ask = self
             .0
@@ -92,7 +93,7 @@ impl Store {
             (Some(_), Some(_)) => {
                 bail!("{wanted} is the beginning of more than one id: give more of it")
             }
-            (None, _) => bail!("no such container: {wanted}"),
+            (None, _) => Err(Unfit::missing(format!("no such container: {wanted}")).into()),
         }
     }
 
@@ -174,6 +175,13 @@ fn record((id, name, spec, state): Parts) -> Result<Record> {
     })
 }
 
+/// That another container has a name.
+pub fn name_taken(name: &str) -> Unfit {
+    Unfit::conflict(format!(
+        "the name {name} is taken by another container: remove or rename it first"
+    ))
+}
+
 /// Says in plain words that a name is taken.
 fn taken(done: rusqlite::Result<usize>, name: &str) -> Result<()> {
     match done {
@@ -181,7 +189,7 @@ fn taken(done: rusqlite::Result<usize>, name: &str) -> Result<()> {
         Err(rusqlite::Error::SqliteFailure(error, _))
             if error.code == rusqlite::ErrorCode::ConstraintViolation =>
         {
-            bail!("the name {name} is taken by another container: remove or rename it first")
+            Err(name_taken(name).into())
         }
         Err(error) => Err(error.into()),
     }

@@ -97,6 +97,11 @@ impl Window {
         })
     }
 
+    /// Of so many lines and columns.
+    pub fn of(rows: u16, cols: u16) -> Self {
+        Self { rows, cols }
+    }
+
     /// As the library has it.
     pub fn size(self) -> WindowSize {
         WindowSize {

@@ -45,6 +45,7 @@ mod tree;
 pub use documents::{ImageConfig, ImageHealth};
 #[cfg(not(fuzzing))]
 pub use obtain::{PullPolicy, obtain};
+pub use reference::Reference;
 #[cfg(not(fuzzing))]
-pub use registry::Access;
-pub use store::{Store, rootfs_from_dir};
+pub use registry::{Access, Login, pull};
+pub use store::{ImageSummary, Store, rootfs_from_dir};

@@ -8,6 +8,7 @@ mod containers;
 mod copy;
 mod death;
 mod differential;
+mod docker;
 mod health;
 mod identity;
 mod installed;

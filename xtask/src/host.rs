@@ -96,6 +96,16 @@ pub fn apt_install(packages: &[&str]) -> Result<()> {
     apt(&[&["install", "-y", "--no-install-recommends"], &missing[..]].concat())
 }
 
+/// Has docker's own client, of whatever version: Debian's, if there is none yet.
+pub fn ensure_docker_client() -> Result<()> {
+    let is_there = |directory: std::path::PathBuf| directory.join("docker").is_file();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    match std::env::split_paths(&path).any(is_there) {
+        true => Ok(()),
+        false => apt_install(&["docker.io"]),
+    }
+}
+
 /// The version of a package that apt would install. Refreshes apt's lists if they
 /// do not know the package.
 pub fn apt_candidate(package: &str) -> Result<String> {

@@ -86,6 +86,7 @@ pub const NETWORKED: &str = "VM_RUN_TEST_NETWORKED";
 /// Runs the tests of Linux guests that match `filter`.
 pub fn guest_tests(filter: &str, options: &Options) -> Result<()> {
     let guest = guest::ensure()?;
+    host::ensure_docker_client()?;
     let prefix = tempfile::tempdir()?;
     install::into(prefix.path())?;
     let mut env: Vec<(&str, PathBuf)> = vec![

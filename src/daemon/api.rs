@@ -1,0 +1,673 @@
+//! The calls of docker's API: what each is of the engine's.
+
+use super::execs::{self, Execs};
+use super::sessions::{self, Ends};
+use super::waits::Waits;
+use super::{images, words};
+use crate::container::wire::{self, Answer, Request};
+use crate::container::{
+    self, Engine, Output as LogOutput, Record, Refused, Status, Unfit, Wanted, parse_signal,
+};
+use crate::image::Store;
+use crate::image::error::ImageError;
+use anyhow::Result;
+use docker_api::models::{
+    ChangeType, ContainerCreateBody, ContainerCreateResponse, ContainerSummary,
+    ContainerTopResponse, ExecConfig, ExecInspectResponse, FilesystemChange,
+    ImageDeleteResponseItem, ImageSummary, SystemInfo, SystemVersion,
+};
+use docker_api::{
+    API_VERSION, API_VERSION_MIN, Condition, Error, Exit, Logs, LogsOf, Output, Session, Stop,
+    Waiting, Window,
+};
+use fork::task::ChangeKind;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// How many lines of a log wait for a client.
+const LINES: usize = 256;
+/// How often it is looked whether a container that is to be removed is gone.
+const PAUSE: Duration = Duration::from_millis(20);
+/// The status of a container that could not be started, if there is no better one.
+const FAILED: u8 = 128;
+/// The most engines that are kept open: one for each call that is under way.
+const ENGINES_MAX: usize = 16;
+
+/// The engine behind the API.
+pub struct Api(Arc<Inner>);
+
+struct Inner {
+    root: PathBuf,
+    /// Open, and in nobody's hands.
+    engines: Mutex<Vec<Engine>>,
+    waits: Waits,
+    execs: Execs,
+    /// Who has attached to a container before it was started, by its id.
+    early: Mutex<HashMap<String, Vec<Early>>>,
+}
+
+struct Early {
+    stdin: bool,
+    ends: Ends,
+}
+
+impl Api {
+    /// Of a state directory.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn open(root: &Path) -> Result<Self> {
+        let first = Engine::open(root)?;
+        Ok(Self(Arc::new(Inner {
+            root: root.to_owned(),
+            engines: Mutex::new(vec![first]),
+            waits: Waits::default(),
+            execs: Execs::default(),
+            early: Mutex::default(),
+        })))
+    }
+
+    /// Does something with an engine.
+    fn with<T>(&self, call: impl FnOnce(&Engine) -> Result<T>) -> Result<T, Error> {
+        self.0.with(call)
+    }
+
+    /// The same with a container.
+    fn of<T>(
+        &self,
+        container: &str,
+        call: impl FnOnce(&Engine, Record) -> Result<T>,
+    ) -> Result<T, Error> {
+        self.with(|engine| call(engine, engine.find(container)?))
+    }
+}
+
+impl Inner {
+    fn with<T>(&self, call: impl FnOnce(&Engine) -> Result<T>) -> Result<T, Error> {
+        let kept = lock(&self.engines).pop();
+        let engine = match kept {
+            Some(engine) => engine,
+            None => Engine::open(&self.root).map_err(refusal)?,
+        };
+        let done = call(&engine);
+        let mut engines = lock(&self.engines);
+        if engines.len() < ENGINES_MAX {
+            engines.push(engine);
+        }
+        done.map_err(refusal)
+    }
+
+    /// It has ended: whoever waits is told, also of its removal, which its supervisor sees
+    /// to.
+    fn ended(self: &Arc<Self>, id: &str, status: u8) {
+        if !self.waits.ended(id, status.into()) {
+            return;
+        }
+        let (this, id) = (Arc::clone(self), id.to_owned());
+        let watching = sessions::thread("removal", move || {
+            while this.with(|engine| engine.find(&id)).is_ok() {
+                std::thread::sleep(PAUSE);
+            }
+            this.waits.removed(&id);
+        });
+        if let Err(error) = watching {
+            log::warn!("{error:#}");
+        }
+    }
+
+    /// Whoever waits for the end of a container that could not be started has waited
+    /// enough.
+    fn could_not_start(self: &Arc<Self>, engine: &Engine, record: &Record, why: &anyhow::Error) {
+        engine.clean_up(record);
+        let refused = why.downcast_ref::<Refused>();
+        self.ended(&record.id, refused.map_or(FAILED, |refused| refused.code));
+    }
+
+    /// Waits for the end of a container that runs, in a thread.
+    fn watch(self: &Arc<Self>, record: Record) -> Result<()> {
+        let this = Arc::clone(self);
+        sessions::thread("wait", move || {
+            match this.with(|engine| engine.wait(&record)) {
+                Ok(status) => this.ended(&record.id, status),
+                // It was removed with its end, and whoever was attached has told of that.
+                Err(error) => log::debug!("{error}"),
+            }
+        })
+    }
+
+    /// Gives a client the streams of a container that runs.
+    fn join(self: &Arc<Self>, id: &str, ends: Ends, stream: UnixStream) -> Result<()> {
+        let (this, id) = (Arc::clone(self), id.to_owned());
+        ends.join(stream, move |status| {
+            if let Some(status) = status {
+                this.ended(&id, status);
+            }
+        })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Docker's number for what the engine says.
+fn refusal(error: anyhow::Error) -> Error {
+    let message = capitalized(&crate::line(&error));
+    if let Some(unfit) = error.downcast_ref::<Unfit>() {
+        return match unfit.is_missing() {
+            true => Error::not_found(message),
+            false => Error::conflict(message),
+        };
+    }
+    if let Some(refused) = error.downcast_ref::<Refused>() {
+        // A command that is not there, or none: the client makes a status of the words.
+        return match refused.code {
+            126 | 127 => Error::bad_parameter(message),
+            _ => Error::failed(message),
+        };
+    }
+    match error.downcast::<ImageError>() {
+        Ok(error) => images::refused(error),
+        Err(_) => Error::failed(message),
+    }
+}
+
+fn capitalized(text: &str) -> String {
+    let mut chars = text.chars();
+    match chars.next() {
+        Some(first) => first.to_uppercase().chain(chars).collect(),
+        None => String::new(),
+    }
+}
+
+fn stop_request(how: &Stop) -> Result<Request, Error> {
+    let bad = |error: anyhow::Error| Error::bad_parameter(format!("{error:#}"));
+    let signal = how.signal.as_deref().map(parse_signal).transpose();
+    Ok(Request::Stop {
+        signal: signal.map_err(bad)?,
+        // Docker's -1 is for ever.
+        timeout: how
+            .timeout
+            .map(|seconds| u32::try_from(seconds).unwrap_or(u32::MAX)),
+    })
+}
+
+/// As docker's list has it.
+fn summary(engine: &Engine, record: &Record) -> Result<ContainerSummary> {
+    let object = container::object(engine, record);
+    let state = record.state.status.word();
+    let labels: HashMap<String, String> = record.spec.labels.clone().into_iter().collect();
+    let ports = object["NetworkSettings"]["Ports"].as_object();
+    let ports: Vec<Value> = ports.into_iter().flatten().flat_map(port_objects).collect();
+    let summary = json!({
+        "Id": record.id,
+        "Names": [format!("/{}", record.name)],
+        "Image": record.spec.image,
+        "ImageID": record.spec.image_id.clone().unwrap_or_default(),
+        "Command": record.spec.args.join(" "),
+        "Created": record.spec.created.as_second(),
+        "Ports": ports,
+        "Labels": labels,
+        "State": state,
+        "Status": container::status(&record.state),
+        "HostConfig": { "NetworkMode": object["HostConfig"]["NetworkMode"] },
+        "NetworkSettings": { "Networks": object["NetworkSettings"]["Networks"] },
+        "Mounts": object["Mounts"],
+    });
+    Ok(serde_json::from_value(summary)?)
+}
+
+/// The entries of a port of `inspect` in a list.
+fn port_objects((port, bindings): (&String, &Value)) -> Vec<Value> {
+    let (number, protocol) = port.split_once('/').unwrap_or((port, "tcp"));
+    let number: u16 = number.parse().unwrap_or_default();
+    let own = json!({ "PrivatePort": number, "Type": protocol });
+    let published = bindings.as_array().into_iter().flatten().map(|binding| {
+        let host: Option<u16> = binding["HostPort"]
+            .as_str()
+            .and_then(|port| port.parse().ok());
+        json!({
+            "IP": binding["HostIp"],
+            "PrivatePort": number,
+            "PublicPort": host,
+            "Type": protocol,
+        })
+    });
+    let published: Vec<Value> = published.collect();
+    match published.is_empty() {
+        true => vec![own],
+        false => published,
+    }
+}
+
+impl docker_api::Engine for Api {
+    fn version(&self) -> SystemVersion {
+        let host = rustix::system::uname();
+        let text = |text: &std::ffi::CStr| Some(text.to_string_lossy().into_owned());
+        SystemVersion {
+            version: Some(env!("CARGO_PKG_VERSION").into()),
+            api_version: Some(API_VERSION.into()),
+            min_api_version: Some(API_VERSION_MIN.into()),
+            os: Some("linux".into()),
+            arch: Some("amd64".into()),
+            kernel_version: text(host.release()),
+            ..SystemVersion::default()
+        }
+    }
+
+    fn info(&self) -> Result<SystemInfo, Error> {
+        let records = self.with(Engine::list)?;
+        let images = Store::open(&self.0.root).and_then(|store| store.list());
+        let images = images.map_err(images::refused)?.len();
+        let count = |fits: &dyn Fn(Status) -> bool| {
+            let fitting = records.iter().filter(|record| fits(record.state.status));
+            Some(fitting.count() as i64)
+        };
+        let host = rustix::system::uname();
+        let found = rustix::system::sysinfo();
+        let text = |text: &std::ffi::CStr| Some(text.to_string_lossy().into_owned());
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(SystemInfo {
+            id: Some(text(host.nodename()).unwrap_or_default()),
+            containers: count(&|_| true),
+            containers_running: count(&|status| status == Status::Running),
+            containers_paused: count(&|status| status == Status::Paused),
+            containers_stopped: count(&|status| !status.is_live()),
+            images: Some(images as i64),
+            driver: Some("erofs".into()),
+            docker_root_dir: Some(self.0.root.display().to_string()),
+            logging_driver: Some("json-file".into()),
+            kernel_version: text(host.release()),
+            operating_system: Some("vm-run".into()),
+            os_type: Some("linux".into()),
+            architecture: text(host.machine()),
+            name: text(host.nodename()),
+            ncpu: Some(cpus as i64),
+            mem_total: Some((found.totalram * u64::from(found.mem_unit)) as i64),
+            server_version: Some(env!("CARGO_PKG_VERSION").into()),
+            default_runtime: Some("vm-run".into()),
+            ..SystemInfo::default()
+        })
+    }
+
+    fn create(
+        &self,
+        name: Option<String>,
+        body: ContainerCreateBody,
+    ) -> Result<ContainerCreateResponse, Error> {
+        let words = words::of(name.as_deref(), &body)?;
+        let is_watched = body.stdin_once.unwrap_or_default();
+        let record =
+            self.with(|engine| crate::run::create_of(engine, &words, is_watched, &self.0.root));
+        // What is wrong with what was asked for is no failure of ours.
+        let record = record.map_err(|error| match error.status() {
+            500 => Error::bad_parameter(error.to_string()),
+            _ => error,
+        })?;
+        Ok(ContainerCreateResponse {
+            id: record.id,
+            warnings: Vec::new(),
+        })
+    }
+
+    fn containers(&self) -> Result<Vec<ContainerSummary>, Error> {
+        self.with(|engine| {
+            let records = engine.list()?;
+            records
+                .iter()
+                .map(|record| summary(engine, record))
+                .collect()
+        })
+    }
+
+    fn inspect(&self, container: &str) -> Result<Value, Error> {
+        self.of(container, |engine, record| {
+            Ok(container::object(engine, &record))
+        })
+    }
+
+    fn start(&self, container: &str) -> Result<bool, Error> {
+        self.of(container, |engine, record| {
+            if record.state.status.is_live() {
+                return Ok(false);
+            }
+            let mut early = lock(&self.0.early)
+                .remove(&record.id)
+                .unwrap_or_default()
+                .into_iter();
+            // The first is there from the first byte on.
+            let started = match early.next() {
+                None => engine.start(&record, None),
+                Some(first) => engine
+                    .start_attached(&record, None)
+                    .and_then(|(stream, _)| self.0.join(&record.id, first.ends, stream)),
+            };
+            if let Err(error) = started {
+                self.0.could_not_start(engine, &record, &error);
+                return Err(error);
+            }
+            let Ok(now) = engine.find(&record.id) else {
+                // It has ended, and is gone.
+                return Ok(true);
+            };
+            for Early { stdin, ends } in early {
+                if let Ok((Answer::Done, stream)) = engine.ask(&now, &Request::Attach { stdin }) {
+                    self.0.join(&record.id, ends, stream)?;
+                }
+            }
+            self.0.watch(now)?;
+            Ok(true)
+        })
+    }
+
+    fn stop(&self, container: &str, how: &Stop) -> Result<bool, Error> {
+        let request = stop_request(how)?;
+        self.of(container, |engine, record| {
+            let was_live = record.state.status.is_live();
+            engine.end(&record, &request)?;
+            Ok(was_live)
+        })
+    }
+
+    fn restart(&self, container: &str, how: &Stop) -> Result<(), Error> {
+        self.stop(container, how)?;
+        self.start(container).map(drop)
+    }
+
+    fn kill(&self, container: &str, signal: Option<&str>) -> Result<(), Error> {
+        const SIGKILL: i32 = 9;
+        let signal = signal.map_or(Ok(SIGKILL), parse_signal);
+        let request = match signal.map_err(|error| Error::bad_parameter(format!("{error:#}")))? {
+            SIGKILL => Request::Kill,
+            other => Request::Signal(other),
+        };
+        self.of(container, |engine, record| {
+            engine.ask(&record, &request).map(drop)
+        })
+    }
+
+    fn pause(&self, container: &str) -> Result<(), Error> {
+        self.of(container, |engine, record| {
+            if record.state.status == Status::Paused {
+                let why = format!("container {container} is already paused");
+                return Err(Unfit::conflict(why).into());
+            }
+            engine.ask(&record, &Request::Pause).map(drop)
+        })
+    }
+
+    fn unpause(&self, container: &str) -> Result<(), Error> {
+        self.of(container, |engine, record| {
+            engine.ask(&record, &Request::Unpause).map(drop)
+        })
+    }
+
+    fn rename(&self, container: &str, name: &str) -> Result<(), Error> {
+        self.of(container, |engine, record| engine.rename(&record, name))
+    }
+
+    fn remove(&self, container: &str, force: bool, volumes: bool) -> Result<(), Error> {
+        self.of(container, |engine, record| {
+            engine.remove(&record, force)?;
+            if volumes {
+                engine.remove_anonymous_volumes(&record)?;
+            }
+            lock(&self.0.early).remove(&record.id);
+            self.0.waits.removed(&record.id);
+            Ok(())
+        })
+    }
+
+    fn wait(&self, container: &str, condition: Condition) -> Result<Waiting, Error> {
+        self.of(container, |_, record| {
+            let is_live = record.state.status.is_live();
+            if !is_live && condition == Condition::NotRunning {
+                let (tell, waiting) = tokio::sync::oneshot::channel();
+                let status = record.state.exit_code.into();
+                // Its receiver is there.
+                tell.send(Exit {
+                    status,
+                    error: None,
+                })
+                .ok();
+                return Ok(waiting);
+            }
+            let waiting = self.0.waits.enter(&record.id, condition);
+            if is_live {
+                self.0.watch(record)?;
+            }
+            Ok(waiting)
+        })
+    }
+
+    fn attach(&self, container: &str, stdin: bool) -> Result<Session, Error> {
+        self.of(container, |engine, record| {
+            let (session, ends) = sessions::pair(record.spec.tty);
+            let stdin = stdin && record.spec.stdin;
+            if !record.state.status.is_live() {
+                let early = Early { stdin, ends };
+                lock(&self.0.early)
+                    .entry(record.id)
+                    .or_default()
+                    .push(early);
+                return Ok(session);
+            }
+            match engine.ask(&record, &Request::Attach { stdin })? {
+                (Answer::Done, stream) => self.0.join(&record.id, ends, stream)?,
+                (other, _) => anyhow::bail!("the supervisor speaks out of turn: {other:?}"),
+            }
+            Ok(session)
+        })
+    }
+
+    fn resize(&self, container: &str, window: Window) -> Result<(), Error> {
+        self.of(container, |engine, record| {
+            // A client that says nothing else.
+            let (_, mut stream) = engine.ask(&record, &Request::Attach { stdin: false })?;
+            sessions::resize(&mut stream, window)
+        })
+    }
+
+    fn logs(&self, container: &str, of: LogsOf) -> Result<Logs, Error> {
+        let record = self.with(|engine| engine.find(container))?;
+        let tty = record.spec.tty;
+        let wanted = Wanted {
+            tail: of.tail,
+            since: of.since,
+            until: of.until,
+            follow: of.follow,
+        };
+        let (tell, lines) = mpsc::channel(LINES);
+        let this = Arc::clone(&self.0);
+        let reading = move || {
+            let read = this.with(|engine| {
+                container::read_log(engine, record, &wanted, |entry| {
+                    let line = entry.line(of.timestamps).into_bytes().into();
+                    let piece = match entry.stream {
+                        LogOutput::Stdout if of.stdout => Output::Stdout(line),
+                        LogOutput::Stderr if of.stderr => Output::Stderr(line),
+                        LogOutput::Stdout | LogOutput::Stderr => return Ok(()),
+                    };
+                    Ok(tell.blocking_send(piece)?)
+                })
+            });
+            if let Err(error) = read {
+                log::debug!("a log was not read to its end: {error}");
+            }
+        };
+        sessions::thread("logs", reading).map_err(refusal)?;
+        Ok(Logs { tty, lines })
+    }
+
+    fn top(&self, container: &str) -> Result<ContainerTopResponse, Error> {
+        let table = self.of(container, |engine, record| {
+            container::processes(engine, &record)
+        })?;
+        let mut rows = table.into_iter().map(Vec::from);
+        Ok(ContainerTopResponse {
+            titles: rows.next(),
+            processes: Some(rows.collect()),
+        })
+    }
+
+    fn stats(&self, container: &str) -> Result<Value, Error> {
+        self.of(container, |engine, record| {
+            let (answer, _) = engine.ask(&record, &Request::Stats)?;
+            let Answer::Stats(stats) = answer else {
+                anyhow::bail!("the supervisor speaks out of turn: {answer:?}");
+            };
+            Ok(stats_object(&record, &stats))
+        })
+    }
+
+    fn changes(&self, container: &str) -> Result<Vec<FilesystemChange>, Error> {
+        let changes = self.of(container, |engine, record| {
+            container::changes(engine, &record)
+        })?;
+        let change = |change: fork::task::Change| FilesystemChange {
+            path: String::from_utf8_lossy(&change.path).into_owned(),
+            kind: match change.kind {
+                ChangeKind::Changed => ChangeType::_0,
+                ChangeKind::Added => ChangeType::_1,
+                ChangeKind::Deleted => ChangeType::_2,
+            },
+        };
+        Ok(changes.into_iter().map(change).collect())
+    }
+
+    fn exec_create(&self, container: &str, exec: ExecConfig) -> Result<String, Error> {
+        self.of(container, |_, record| match record.state.status {
+            Status::Running => self.0.execs.make(&record, exec),
+            Status::Paused => Err(Unfit::conflict(format!(
+                "container {container} is paused, unpause the container before exec"
+            ))
+            .into()),
+            _ => Err(Unfit::conflict(format!("container {} is not running", record.id)).into()),
+        })
+    }
+
+    fn exec_start(
+        &self,
+        exec: &str,
+        detach: bool,
+        window: Option<Window>,
+    ) -> Result<Option<Session>, Error> {
+        let (one, request) = self.0.execs.take(exec, window)?;
+        let (container, tty) = {
+            let one = lock(&one);
+            (one.container.clone(), one.tty())
+        };
+        let asked = self.of(&container, |engine, record| {
+            match engine.ask(&record, &Request::Exec(request)) {
+                // What cannot be started has ended, with docker's status.
+                Err(error) => match error.downcast::<Refused>() {
+                    Ok(refused) => Ok(Err(refused)),
+                    Err(error) => Err(error),
+                },
+                Ok((_, stream)) => Ok(Ok(stream)),
+            }
+        });
+        let stream = match asked.inspect_err(|_| execs::ended(&one, None))? {
+            Ok(stream) => stream,
+            Err(refused) => {
+                execs::ended(&one, Some(refused.code));
+                if detach {
+                    return Err(refusal(refused.into()));
+                }
+                let (session, ends) = sessions::pair(tty);
+                ends.say(format!("{refused}\r\n"));
+                return Ok(Some(session));
+            }
+        };
+        let own = stream.try_clone().map_err(|error| refusal(error.into()))?;
+        execs::runs(&one, own);
+        let ended = move |status| execs::ended(&one, status);
+        match detach {
+            true => sessions::drain(stream, ended)
+                .map_err(refusal)
+                .map(|()| None),
+            false => {
+                let (session, ends) = sessions::pair(tty);
+                ends.join(stream, ended).map_err(refusal)?;
+                Ok(Some(session))
+            }
+        }
+    }
+
+    fn exec_resize(&self, exec: &str, window: Window) -> Result<(), Error> {
+        self.0.execs.resize(exec, window)
+    }
+
+    fn exec_inspect(&self, exec: &str) -> Result<ExecInspectResponse, Error> {
+        self.0.execs.inspect(exec)
+    }
+
+    fn images(&self) -> Result<Vec<ImageSummary>, Error> {
+        images::list(&Store::open(&self.0.root).map_err(images::refused)?)
+    }
+
+    fn image(&self, image: &str) -> Result<Value, Error> {
+        let store = Store::open(&self.0.root);
+        store
+            .and_then(|store| store.inspect(image))
+            .map_err(images::refused)
+    }
+
+    fn pull(&self, image: &str, auth: Option<&str>) -> Result<mpsc::Receiver<Value>, Error> {
+        images::pull(&self.0.root, image, auth)
+    }
+
+    fn image_tag(&self, image: &str, name: &str) -> Result<(), Error> {
+        let store = Store::open(&self.0.root);
+        store
+            .and_then(|store| store.tag(image, name))
+            .map_err(images::refused)
+    }
+
+    fn image_remove(
+        &self,
+        image: &str,
+        _force: bool,
+    ) -> Result<Vec<ImageDeleteResponseItem>, Error> {
+        images::remove(&Store::open(&self.0.root).map_err(images::refused)?, image)
+    }
+}
+
+/// Docker's object, of what is known here.
+fn stats_object(record: &Record, stats: &wire::Stats) -> Value {
+    let cpus = record.spec.cpus;
+    json!({
+        "id": record.id,
+        "name": format!("/{}", record.name),
+        "read": jiff::Timestamp::now(),
+        "preread": "0001-01-01T00:00:00Z",
+        "cpu_stats": {
+            "cpu_usage": { "total_usage": stats.cpu_us * 1000 },
+            "system_cpu_usage": host_cpu_time(),
+            "online_cpus": cpus,
+        },
+        "precpu_stats": { "cpu_usage": { "total_usage": 0 } },
+        "memory_stats": {
+            "usage": stats.private * 1024,
+            "limit": record.spec.memory,
+            "stats": {},
+        },
+        "pids_stats": {},
+        "networks": {},
+        "blkio_stats": {},
+    })
+}
+
+/// All of the host's processors' time, in nanoseconds (proc_stat(5)).
+fn host_cpu_time() -> u64 {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let line = stat.lines().next().unwrap_or_default();
+    let ticks = line.split_whitespace().skip(1).take(8);
+    let ticks: u64 = ticks.filter_map(|tick| tick.parse::<u64>().ok()).sum();
+    ticks.saturating_mul(1_000_000_000) / rustix::param::clock_ticks_per_second().max(1)
+}
