@@ -20,6 +20,7 @@ mod state_dir;
 mod stdio;
 mod templates;
 mod terminal;
+mod unfit;
 mod volume;
 mod warm;
 mod workers;

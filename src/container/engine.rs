@@ -3,9 +3,9 @@
 use super::directory::{self, Directory};
 use super::record::{Layer, Record, Spec, State, Status};
 use super::store::{Store, name_taken};
-use super::unfit::Unfit;
 use super::wire::{self, Answer, Request, Window};
 use super::{LOG, ROOT, WRITABLE, id};
+use crate::unfit::Unfit;
 use crate::volume::Store as Volumes;
 use crate::{disk, guest, net, templates};
 use anyhow::{Context, Result, bail};

@@ -5,7 +5,7 @@ use super::engine::Engine;
 use super::files::Files;
 use super::record::{Record, Status};
 use super::show;
-use super::unfit::Unfit;
+use crate::unfit::Unfit;
 use anyhow::Result;
 use fork::task::{Change, ChangeKind, ProcessRow, Task};
 use jiff::Timestamp;

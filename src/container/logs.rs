@@ -62,17 +62,25 @@ pub fn show(engine: &Engine, args: &Args) -> Result<()> {
         follow: args.follow,
     };
     let timestamps = args.timestamps;
-    read(engine, engine.find(&args.container)?, &wanted, |entry| {
-        let line = entry.line(timestamps);
-        match entry.stream {
-            Output::Stdout => std::io::stdout().write_all(line.as_bytes())?,
-            Output::Stderr => std::io::stderr().write_all(line.as_bytes())?,
-        }
-        Ok(())
-    })
+    let record = engine.find(&args.container)?;
+    read(
+        engine,
+        record,
+        &wanted,
+        || false,
+        |entry| {
+            let line = entry.line(timestamps);
+            match entry.stream {
+                Output::Stdout => std::io::stdout().write_all(line.as_bytes())?,
+                Output::Stderr => std::io::stderr().write_all(line.as_bytes())?,
+            }
+            Ok(())
+        },
+    )
 }
 
-/// Reads what is wanted of a container's log, an entry at a time.
+/// Reads what is wanted of a container's log, an entry at a time. `is_left` is asked now and
+/// then while there is nothing to read.
 ///
 /// # Errors
 /// A time that is none, what the file system says, or what `take` says, which ends it.
@@ -80,6 +88,7 @@ pub fn read(
     engine: &Engine,
     record: Record,
     wanted: &Wanted,
+    is_left: impl Fn() -> bool,
     mut take: impl FnMut(&Entry<'_>) -> Result<()>,
 ) -> Result<()> {
     let span = Span::of(wanted, Timestamp::now())?;
@@ -115,7 +124,7 @@ pub fn read(
             }
         }
         // Once more after it has ended, for what it said last.
-        if !is_live {
+        if !is_live || is_left() {
             return Ok(());
         }
         std::thread::sleep(PAUSE);

@@ -33,7 +33,6 @@ mod show;
 mod signal;
 mod store;
 pub mod supervisor;
-mod unfit;
 pub mod wire;
 
 pub use capabilities::normalize as normalize_capability;
@@ -47,7 +46,6 @@ pub use options::{HOST_GATEWAY, HealthCheck, Memory, Options, Ulimit};
 pub use record::{Layer, LogLimits, Record, RestartPolicy, Spec, Status};
 pub use show::{columns, object, status};
 pub use signal::parse as parse_signal;
-pub use unfit::Unfit;
 
 /// Its root file system, in its directory.
 const ROOT: &str = "root";

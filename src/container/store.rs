@@ -1,8 +1,8 @@
 //! The containers there are: one database in the state directory.
 
 use super::record::{Record, Spec, State};
-use super::unfit::Unfit;
 use crate::database;
+use crate::unfit::Unfit;
 use anyhow::{Context, Result, bail};
 use rusqlite::{Connection, OptionalExtension, Row};
 use std::path::Path;

@@ -3,18 +3,20 @@
 use super::execs::{self, Execs};
 use super::sessions::{self, Ends};
 use super::waits::Waits;
-use super::{images, words};
+use super::{images, networks, words};
 use crate::container::wire::{self, Answer, Request};
 use crate::container::{
-    self, Engine, Output as LogOutput, Record, Refused, Status, Unfit, Wanted, parse_signal,
+    self, Engine, Output as LogOutput, Record, Refused, Status, Wanted, parse_signal,
 };
 use crate::image::Store;
 use crate::image::error::ImageError;
+use crate::unfit::Unfit;
 use anyhow::Result;
 use docker_api::models::{
     ChangeType, ContainerCreateBody, ContainerCreateResponse, ContainerSummary,
     ContainerTopResponse, ExecConfig, ExecInspectResponse, FilesystemChange,
-    ImageDeleteResponseItem, ImageSummary, SystemInfo, SystemVersion,
+    ImageDeleteResponseItem, ImageSummary, NetworkConnectRequest, NetworkCreateRequest,
+    NetworkDisconnectRequest, SystemInfo, SystemVersion,
 };
 use docker_api::{
     API_VERSION, API_VERSION_MIN, Condition, Error, Exit, Logs, LogsOf, Output, Session, Stop,
@@ -22,7 +24,7 @@ use docker_api::{
 };
 use fork::task::ChangeKind;
 use serde_json::{Value, json};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,21 +33,20 @@ use tokio::sync::mpsc;
 
 /// How many lines of a log wait for a client.
 const LINES: usize = 256;
-/// How often it is looked whether a container that is to be removed is gone.
+/// How often it is looked whether a container that has ended is gone: at first, since most
+/// of those for whose removal somebody waits are removed at once, and later.
 const PAUSE: Duration = Duration::from_millis(20);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// The status of a container that could not be started, if there is no better one.
 const FAILED: u8 = 128;
-/// The most engines that are kept open: one for each call that is under way.
-const ENGINES_MAX: usize = 16;
-
 /// The engine behind the API.
 pub struct Api(Arc<Inner>);
 
 struct Inner {
     root: PathBuf,
-    /// Open, and in nobody's hands.
-    engines: Mutex<Vec<Engine>>,
     waits: Waits,
+    /// The ids of those for whose end a thread waits.
+    watched: Mutex<HashSet<String>>,
     execs: Execs,
     /// Who has attached to a container before it was started, by its id.
     early: Mutex<HashMap<String, Vec<Early>>>,
@@ -62,11 +63,11 @@ impl Api {
     /// # Errors
     /// One line.
     pub fn open(root: &Path) -> Result<Self> {
-        let first = Engine::open(root)?;
+        Engine::open(root)?;
         Ok(Self(Arc::new(Inner {
             root: root.to_owned(),
-            engines: Mutex::new(vec![first]),
             waits: Waits::default(),
+            watched: Mutex::default(),
             execs: Execs::default(),
             early: Mutex::default(),
         })))
@@ -88,17 +89,10 @@ impl Api {
 }
 
 impl Inner {
+    /// With one that is opened for it, as every command does: what killed processes have
+    /// left is looked for then.
     fn with<T>(&self, call: impl FnOnce(&Engine) -> Result<T>) -> Result<T, Error> {
-        let kept = lock(&self.engines).pop();
-        let engine = match kept {
-            Some(engine) => engine,
-            None => Engine::open(&self.root).map_err(refusal)?,
-        };
-        let done = call(&engine);
-        let mut engines = lock(&self.engines);
-        if engines.len() < ENGINES_MAX {
-            engines.push(engine);
-        }
+        let done = Engine::open(&self.root).and_then(|engine| call(&engine));
         done.map_err(refusal)
     }
 
@@ -110,10 +104,14 @@ impl Inner {
         }
         let (this, id) = (Arc::clone(self), id.to_owned());
         let watching = sessions::thread("removal", move || {
-            while this.with(|engine| engine.find(&id)).is_ok() {
-                std::thread::sleep(PAUSE);
+            let mut pause = PAUSE;
+            while this.waits.are_for_removal(&id) {
+                if this.with(|engine| engine.find(&id)).is_err() {
+                    this.waits.removed(&id);
+                }
+                std::thread::sleep(pause);
+                pause = PAUSE_MAX.min(pause * 2);
             }
-            this.waits.removed(&id);
         });
         if let Err(error) = watching {
             log::warn!("{error:#}");
@@ -128,15 +126,24 @@ impl Inner {
         self.ended(&record.id, refused.map_or(FAILED, |refused| refused.code));
     }
 
-    /// Waits for the end of a container that runs, in a thread.
+    /// Waits for the end of a container that runs, in a thread: one, however many ask.
     fn watch(self: &Arc<Self>, record: Record) -> Result<()> {
+        if !lock(&self.watched).insert(record.id.clone()) {
+            return Ok(());
+        }
         let this = Arc::clone(self);
-        sessions::thread("wait", move || {
-            match this.with(|engine| engine.wait(&record)) {
+        let id = record.id.clone();
+        let watching = sessions::thread("wait", move || {
+            let ended = this.with(|engine| engine.wait(&record));
+            lock(&this.watched).remove(&record.id);
+            match ended {
                 Ok(status) => this.ended(&record.id, status),
                 // It was removed with its end, and whoever was attached has told of that.
                 Err(error) => log::debug!("{error}"),
             }
+        });
+        watching.inspect_err(|_| {
+            lock(&self.watched).remove(&id);
         })
     }
 
@@ -304,11 +311,7 @@ impl docker_api::Engine for Api {
         let is_watched = body.stdin_once.unwrap_or_default();
         let record =
             self.with(|engine| crate::run::create_of(engine, &words, is_watched, &self.0.root));
-        // What is wrong with what was asked for is no failure of ours.
-        let record = record.map_err(|error| match error.status() {
-            500 => Error::bad_parameter(error.to_string()),
-            _ => error,
-        })?;
+        let record = record.map_err(of_the_request)?;
         Ok(ContainerCreateResponse {
             id: record.id,
             warnings: Vec::new(),
@@ -336,10 +339,8 @@ impl docker_api::Engine for Api {
             if record.state.status.is_live() {
                 return Ok(false);
             }
-            let mut early = lock(&self.0.early)
-                .remove(&record.id)
-                .unwrap_or_default()
-                .into_iter();
+            let early = lock(&self.0.early).remove(&record.id).unwrap_or_default();
+            let mut early = early.into_iter().filter(|one| !one.ends.are_alone());
             // The first is there from the first byte on.
             let started = match early.next() {
                 None => engine.start(&record, None),
@@ -450,11 +451,10 @@ impl docker_api::Engine for Api {
             let (session, ends) = sessions::pair(record.spec.tty);
             let stdin = stdin && record.spec.stdin;
             if !record.state.status.is_live() {
-                let early = Early { stdin, ends };
-                lock(&self.0.early)
-                    .entry(record.id)
-                    .or_default()
-                    .push(early);
+                let mut early = lock(&self.0.early);
+                let early = early.entry(record.id).or_default();
+                early.retain(|one| !one.ends.are_alone());
+                early.push(Early { stdin, ends });
                 return Ok(session);
             }
             match engine.ask(&record, &Request::Attach { stdin })? {
@@ -486,7 +486,8 @@ impl docker_api::Engine for Api {
         let this = Arc::clone(&self.0);
         let reading = move || {
             let read = this.with(|engine| {
-                container::read_log(engine, record, &wanted, |entry| {
+                let is_gone = || tell.is_closed();
+                container::read_log(engine, record, &wanted, is_gone, |entry| {
                     let line = entry.line(of.timestamps).into_bytes().into();
                     let piece = match entry.stream {
                         LogOutput::Stdout if of.stdout => Output::Stdout(line),
@@ -635,6 +636,65 @@ impl docker_api::Engine for Api {
         _force: bool,
     ) -> Result<Vec<ImageDeleteResponseItem>, Error> {
         images::remove(&Store::open(&self.0.root).map_err(images::refused)?, image)
+    }
+
+    fn networks(&self) -> Result<Vec<Value>, Error> {
+        self.with(|_| networks::list(&self.0.root))
+    }
+
+    fn network(&self, network: &str) -> Result<Value, Error> {
+        self.with(|_| networks::inspect(&self.0.root, network))
+    }
+
+    fn network_create(&self, request: NetworkCreateRequest) -> Result<String, Error> {
+        self.with(|_| networks::create(&self.0.root, request))
+            .map_err(of_the_request)
+    }
+
+    fn network_remove(&self, network: &str) -> Result<(), Error> {
+        self.with(|engine| networks::remove(&self.0.root, engine, network))
+    }
+
+    fn network_connect(&self, network: &str, request: NetworkConnectRequest) -> Result<(), Error> {
+        let endpoint = request.endpoint_config.unwrap_or_default();
+        let (root, container) = (&self.0.root, &request.container);
+        self.with(|engine| networks::connect(root, engine, network, container, &endpoint))
+            .map_err(of_the_request)
+    }
+
+    fn network_disconnect(
+        &self,
+        network: &str,
+        request: NetworkDisconnectRequest,
+    ) -> Result<(), Error> {
+        let (root, container) = (&self.0.root, &request.container);
+        self.with(|engine| networks::disconnect(root, engine, network, container))
+            .map_err(of_the_request)
+    }
+
+    fn volumes(&self) -> Result<Vec<Value>, Error> {
+        self.with(|_| networks::volumes(&self.0.root))
+    }
+
+    fn volume(&self, name: &str) -> Result<Value, Error> {
+        self.with(|_| networks::volume(&self.0.root, name))
+    }
+
+    fn volume_create(&self, name: Option<String>) -> Result<Value, Error> {
+        self.with(|_| networks::make_volume(&self.0.root, name))
+            .map_err(of_the_request)
+    }
+
+    fn volume_remove(&self, name: &str, force: bool) -> Result<(), Error> {
+        self.with(|engine| networks::remove_volume(&self.0.root, engine, name, force))
+    }
+}
+
+/// What is wrong with what was asked for is no failure of ours.
+fn of_the_request(error: Error) -> Error {
+    match error.status() {
+        500 => Error::bad_parameter(error.to_string()),
+        _ => error,
     }
 }
 

@@ -7,6 +7,7 @@
 //! waits      who waits for the end of a container
 //! execs      what was made to be started in a container
 //! images     images, and pulls
+//! networks   networks and volumes
 //! ```
 //! The daemon keeps nothing that a container needs: their supervisors are processes of
 //! their own, and go on when it is gone.
@@ -14,6 +15,7 @@
 mod api;
 mod execs;
 mod images;
+mod networks;
 mod sessions;
 mod waits;
 mod words;

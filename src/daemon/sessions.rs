@@ -50,6 +50,11 @@ impl Ends {
         thread("session-output", move || ended(say(stream, &output)))
     }
 
+    /// Whether the client has gone.
+    pub fn are_alone(&self) -> bool {
+        self.output.is_closed()
+    }
+
     /// Says one thing, and ends.
     pub fn say(self, text: String) {
         // Nobody may be there to hear it.

@@ -52,6 +52,16 @@ impl Waits {
         has_more
     }
 
+    /// Whether somebody waits for its removal still.
+    pub fn are_for_removal(&self, id: &str) -> bool {
+        let mut all = self.lock();
+        let Some(of) = all.get_mut(id) else {
+            return false;
+        };
+        of.removals.retain(|tell| !tell.is_closed());
+        !of.removals.is_empty()
+    }
+
     /// It is gone.
     pub fn removed(&self, id: &str) {
         if let Some(mut of) = self.lock().remove(id) {
@@ -91,6 +101,7 @@ mod tests {
         let gone = waits.enter("a", Condition::Removed);
         let other = waits.enter("b", Condition::NextExit);
         assert!(waits.ended("a", 7), "somebody waits for its removal");
+        assert!(waits.are_for_removal("a") && !waits.are_for_removal("b"));
         assert_eq!(told(next), Some(7));
         waits.removed("a");
         assert_eq!((told(gone), told(other)), (Some(7), None));

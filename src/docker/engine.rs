@@ -5,7 +5,8 @@ use crate::error::Result;
 use bollard_stubs::models::{
     ContainerCreateBody, ContainerCreateResponse, ContainerSummary, ContainerTopResponse,
     ExecConfig, ExecInspectResponse, FilesystemChange, ImageDeleteResponseItem, ImageSummary,
-    SystemInfo, SystemVersion,
+    NetworkConnectRequest, NetworkCreateRequest, NetworkDisconnectRequest, SystemInfo,
+    SystemVersion,
 };
 use bytes::Bytes;
 use serde_json::Value;
@@ -165,4 +166,20 @@ pub trait Engine: Send + Sync + 'static {
     fn pull(&self, image: &str, auth: Option<&str>) -> Result<mpsc::Receiver<Value>>;
     fn image_tag(&self, image: &str, name: &str) -> Result<()>;
     fn image_remove(&self, image: &str, force: bool) -> Result<Vec<ImageDeleteResponseItem>>;
+
+    /// Docker's objects.
+    fn networks(&self) -> Result<Vec<Value>>;
+    fn network(&self, network: &str) -> Result<Value>;
+    /// Its id.
+    fn network_create(&self, request: NetworkCreateRequest) -> Result<String>;
+    fn network_remove(&self, network: &str) -> Result<()>;
+    fn network_connect(&self, network: &str, request: NetworkConnectRequest) -> Result<()>;
+    fn network_disconnect(&self, network: &str, request: NetworkDisconnectRequest) -> Result<()>;
+
+    /// Docker's objects.
+    fn volumes(&self) -> Result<Vec<Value>>;
+    fn volume(&self, name: &str) -> Result<Value>;
+    /// Without a name, one that is made up. One that is there stays as it is.
+    fn volume_create(&self, name: Option<String>) -> Result<Value>;
+    fn volume_remove(&self, name: &str, force: bool) -> Result<()>;
 }

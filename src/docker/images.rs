@@ -3,11 +3,11 @@
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::query::{Query, has_label};
-use crate::routes::App;
+use crate::routes::{App, unsupported};
 use crate::session;
 use axum::Json;
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bollard_stubs::models::{ImageDeleteResponseItem, ImageSummary};
 
@@ -78,7 +78,7 @@ pub(crate) async fn get<E: Engine>(
             let found = app.call(move |engine| engine.image(&image)).await?;
             Ok(Json(found).into_response())
         }
-        _ => Err(unsupported("GET", &rest)),
+        _ => Err(unsupported(&Method::GET, &format!("/images/{rest}"))),
     }
 }
 
@@ -98,7 +98,7 @@ pub(crate) async fn post<E: Engine>(
                 .await?;
             Ok(StatusCode::CREATED)
         }
-        _ => Err(unsupported("POST", &rest)),
+        _ => Err(unsupported(&Method::POST, &format!("/images/{rest}"))),
     }
 }
 
@@ -111,8 +111,4 @@ pub(crate) async fn remove<E: Engine>(
     app.call(move |engine| engine.image_remove(&image, force))
         .await
         .map(Json)
-}
-
-fn unsupported(method: &str, rest: &str) -> Error {
-    Error::not_supported(format!("vm-run does not support {method} /images/{rest}"))
 }

@@ -4,7 +4,8 @@
 //! engine      what an engine has to be able to do      (the program's: `src/daemon/`)
 //! server      connections, and their limits
 //! version     which version a client speaks
-//! routes      a path is a call of the engine's: system, containers, execs, images
+//! routes      a path is a call of the engine's: system, containers, execs, images,
+//!             networks, volumes
 //! session     the streams of a process, over a connection that was taken from HTTP
 //! query       what stands in an address
 //! error       docker's statuses and messages
@@ -17,12 +18,14 @@ mod engine;
 mod error;
 mod execs;
 mod images;
+mod networks;
 mod query;
 mod routes;
 mod server;
 mod session;
 mod system;
 mod version;
+mod volumes;
 
 pub use bollard_stubs::models;
 pub use engine::{

@@ -2,7 +2,7 @@
 
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::{containers, execs, images, system};
+use crate::{containers, execs, images, networks, system, volumes};
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::extract::rejection::JsonRejection;
@@ -65,6 +65,20 @@ pub(crate) fn routes<E: Engine>(engine: Arc<E>) -> Router {
         .route("/exec/{id}/json", get(execs::inspect::<E>))
         .route("/images/json", get(images::list::<E>))
         .route("/images/create", post(images::create::<E>))
+        .route("/networks", get(networks::list::<E>))
+        .route("/networks/create", post(networks::create::<E>))
+        .route(
+            "/networks/{id}",
+            get(networks::inspect::<E>).delete(networks::remove::<E>),
+        )
+        .route("/networks/{id}/connect", post(networks::connect::<E>))
+        .route("/networks/{id}/disconnect", post(networks::disconnect::<E>))
+        .route("/volumes", get(volumes::list::<E>))
+        .route("/volumes/create", post(volumes::create::<E>))
+        .route(
+            "/volumes/{name}",
+            get(volumes::inspect::<E>).delete(volumes::remove::<E>),
+        )
         // A name has slashes.
         .route(
             "/images/{*rest}",
@@ -81,7 +95,7 @@ pub(crate) fn routes<E: Engine>(engine: Arc<E>) -> Router {
 /// What docker has and is in no table of ours, and what nobody has.
 async fn unknown(method: Method, uri: axum::http::Uri) -> Error {
     /// First parts of docker's addresses.
-    const DOCKERS: [&str; 18] = [
+    const DOCKERS: [&str; 20] = [
         "auth",
         "build",
         "commit",
@@ -100,12 +114,19 @@ async fn unknown(method: Method, uri: axum::http::Uri) -> Error {
         "session",
         "swarm",
         "system",
+        "tasks",
+        "volumes",
     ];
     let first = uri.path().split('/').nth(1).unwrap_or_default();
-    if DOCKERS.contains(&first) || matches!(first, "tasks" | "volumes") {
-        return Error::not_supported(format!("vm-run does not support {method} {}", uri.path()));
+    match DOCKERS.contains(&first) {
+        true => unsupported(&method, uri.path()),
+        false => Error::not_found("page not found"),
     }
-    Error::not_found("page not found")
+}
+
+/// In the words by which docker's client knows it.
+pub(crate) fn unsupported(method: &Method, path: &str) -> Error {
+    Error::not_supported(format!("{method} {path} is not supported by vm-run"))
 }
 
 /// A body that was sent, if it can be read.

@@ -5,6 +5,7 @@ use super::store::{DEFAULT, Endpoint, Network, Store};
 use super::{Host, Membership};
 use crate::container::Engine;
 use crate::container::columns;
+use crate::unfit::Unfit;
 use anyhow::{Result, bail};
 use clap::Subcommand;
 use ipnet::IpNet;
@@ -75,21 +76,21 @@ pub enum NetworkCommand {
 pub struct CreateArgs {
     /// Its addresses; one of each family may be given [default: some that nobody has]
     #[arg(long, value_name = "CIDR")]
-    subnet: Vec<IpNet>,
+    pub subnet: Vec<IpNet>,
     /// Give it IPv6 as well
     #[arg(long)]
-    ipv6: bool,
+    pub ipv6: bool,
     /// Leave it without a way out
     #[arg(long)]
-    internal: bool,
+    pub internal: bool,
     /// Let its containers reach the host's own services
     #[arg(long)]
-    host_access: bool,
+    pub host_access: bool,
     /// Set a label
     #[arg(long, value_name = "NAME=VALUE")]
-    label: Vec<String>,
+    pub label: Vec<String>,
     /// Its name
-    name: String,
+    pub name: String,
 }
 
 /// Does it.
@@ -167,7 +168,11 @@ pub fn run(command: NetworkCommand, root: &Path) -> Result<()> {
 }
 
 impl CreateArgs {
-    fn wanted(&self) -> Result<Wanted> {
+    /// What is to be made, checked.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn wanted(&self) -> Result<Wanted> {
         let mut wanted = Wanted {
             has_ipv6: self.ipv6,
             internal: self.internal,
@@ -191,16 +196,19 @@ impl CreateArgs {
     }
 }
 
-/// One that a container is to be on when it starts again stays.
-fn remove(host: &mut Host, engine: &Engine, network: &Network) -> Result<()> {
+/// Removes a network. One that a container is to be on when it starts again stays.
+///
+/// # Errors
+/// One that is in use.
+pub fn remove(host: &mut Host, engine: &Engine, network: &Network) -> Result<()> {
     for record in engine.list()? {
         let mut memberships = record.spec.network.networks.iter();
         if network.name != DEFAULT && memberships.any(|one| one.network == network.name) {
-            bail!(
+            return Err(Unfit::conflict(format!(
                 "network {} is in use by container {}: disconnect or remove it first",
-                network.name,
-                record.name
-            );
+                network.name, record.name
+            ))
+            .into());
         }
     }
     host.store.remove(network)?;
@@ -234,13 +242,18 @@ fn short(network: &Network) -> &str {
     &network.id[..12]
 }
 
-/// Docker's objects.
-fn print(store: &Store, networks: &[Network], out: &mut impl Write) -> Result<()> {
+/// Docker's objects of networks.
+///
+/// # Errors
+/// The database's.
+pub fn objects(store: &Store, networks: &[Network]) -> Result<Vec<Value>> {
     let endpoints = store.endpoints()?;
-    let objects: Vec<Value> = networks
-        .iter()
-        .map(|network| object(network, &endpoints))
-        .collect();
+    let all = networks.iter();
+    Ok(all.map(|network| object(network, &endpoints)).collect())
+}
+
+fn print(store: &Store, networks: &[Network], out: &mut impl Write) -> Result<()> {
+    let objects = objects(store, networks)?;
     Ok(writeln!(
         out,
         "{}",

@@ -8,6 +8,7 @@ use super::pool;
 use super::publish::Publish;
 use crate::container::{check_name, new_id};
 use crate::database;
+use crate::unfit::Unfit;
 use anyhow::{Context, Result, bail};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
@@ -155,7 +156,7 @@ impl Store {
             .transaction_with_behavior(TransactionBehavior::Immediate)?;
         let all = networks(&change)?;
         if all.iter().any(|network| network.name == name) {
-            bail!("there is a network {name} already");
+            return Err(Unfit::conflict(format!("there is a network {name} already")).into());
         }
         let taken: Vec<IpNet> = all.iter().flat_map(Network::nets).collect();
         let id = new_id()?;
@@ -184,7 +185,10 @@ impl Store {
         match (found.next(), found.next()) {
             (Some(one), None) => Ok(one),
             (Some(_), Some(_)) => bail!("{wanted} is the beginning of more than one id"),
-            (None, _) => bail!("there is no network {wanted}: make one with `network create`"),
+            (None, _) => Err(Unfit::missing(format!(
+                "there is no network {wanted}: make one with `network create`"
+            ))
+            .into()),
         }
     }
 
@@ -239,10 +243,11 @@ impl Store {
             )
             .optional()?;
         if let Some(container) = on_it {
-            bail!(
+            return Err(Unfit::conflict(format!(
                 "network {} is in use by container {container}: stop or disconnect it first",
                 network.name
-            );
+            ))
+            .into());
         }
         change.execute("DELETE FROM network WHERE id = ?1", [&network.id])?;
         Ok(change.commit()?)

@@ -81,9 +81,7 @@ pub fn run(command: VolumeCommand, root: &Path) -> Result<()> {
         }
         VolumeCommand::Inspect { volumes } => {
             for name in &volumes {
-                if !store.exists(name)? {
-                    bail!("there is no volume {name}");
-                }
+                store.check_exists(name)?;
             }
             print(&store, &volumes, &mut out)?;
         }
@@ -115,26 +113,34 @@ pub fn run(command: VolumeCommand, root: &Path) -> Result<()> {
 }
 
 /// Which containers have which mounts.
-fn mounts(engine: &Engine) -> Result<Vec<(String, Vec<Mount>)>> {
+///
+/// # Errors
+/// The database's.
+pub fn mounts(engine: &Engine) -> Result<Vec<(String, Vec<Mount>)>> {
     let all = engine.list()?.into_iter();
     Ok(all
         .map(|record| (record.name, record.spec.mounts))
         .collect())
 }
 
-/// Docker's objects.
+/// Docker's object of a volume.
+///
+/// # Errors
+/// A name that is none.
+pub fn object(store: &Store, name: &str) -> Result<Value> {
+    Ok(json!({
+        "Name": name,
+        "Driver": "local",
+        "Mountpoint": store.data(name)?,
+        "CreatedAt": store.created(name).map(|at| at.to_string()),
+        "Labels": null,
+        "Options": null,
+        "Scope": "local",
+    }))
+}
+
 fn print(store: &Store, names: &[String], out: &mut impl Write) -> Result<()> {
-    let objects = names.iter().map(|name| {
-        Ok(json!({
-            "Name": name,
-            "Driver": "local",
-            "Mountpoint": store.data(name)?,
-            "CreatedAt": store.created(name).map(|at| at.to_string()),
-            "Labels": null,
-            "Options": null,
-            "Scope": "local",
-        }))
-    });
+    let objects = names.iter().map(|name| object(store, name));
     let objects = objects.collect::<Result<Vec<Value>>>()?;
     Ok(writeln!(
         out,

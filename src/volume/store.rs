@@ -6,6 +6,7 @@
 
 use super::{Mount, Source};
 use crate::container::{check_name as check_container_name, is_id};
+use crate::unfit::Unfit;
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, File};
@@ -74,6 +75,15 @@ impl Store {
     /// A name that is none.
     pub fn exists(&self, name: &str) -> Result<bool> {
         Ok(self.data(name)?.is_dir())
+    }
+
+    /// # Errors
+    /// [`Unfit`]: there is none of that name.
+    pub fn check_exists(&self, name: &str) -> Result<()> {
+        match self.exists(name)? {
+            true => Ok(()),
+            false => Err(missing(name).into()),
+        }
     }
 
     /// All names, sorted.
@@ -171,12 +181,15 @@ impl Store {
         used: impl FnOnce() -> Result<Vec<(String, Vec<Mount>)>>,
     ) -> Result<()> {
         if !self.exists(name)? {
-            bail!("there is no volume {name}");
+            return Err(missing(name).into());
         }
         let _lock = self.lock(FlockOperation::LockExclusive)?;
         for (container, mounts) in used()? {
             if mounts.iter().any(|mount| mount.is_of(name)) {
-                bail!("volume {name} is in use by container {container}: remove that first");
+                return Err(Unfit::conflict(format!(
+                    "volume {name} is in use by container {container}: remove that first"
+                ))
+                .into());
             }
         }
         self.take_away(name)
@@ -260,6 +273,10 @@ impl Drop for Made {
             }
         }
     }
+}
+
+fn missing(name: &str) -> Unfit {
+    Unfit::missing(format!("there is no volume {name}"))
 }
 
 #[cfg(test)]

@@ -5,7 +5,8 @@ use bytes::Bytes;
 use docker_api::models::{
     ContainerCreateBody, ContainerCreateResponse, ContainerSummary, ContainerTopResponse,
     ExecConfig, ExecInspectResponse, FilesystemChange, ImageDeleteResponseItem, ImageSummary,
-    SystemInfo, SystemVersion,
+    NetworkConnectRequest, NetworkCreateRequest, NetworkDisconnectRequest, SystemInfo,
+    SystemVersion,
 };
 use docker_api::{
     Condition, Engine, Error, Exit, Input, Logs, LogsOf, Output, Result, Session, Stop, Waiting,
@@ -255,5 +256,51 @@ impl Engine for Fake {
 
     fn image_remove(&self, _image: &str, _force: bool) -> Result<Vec<ImageDeleteResponseItem>> {
         Ok(Vec::new())
+    }
+
+    fn networks(&self) -> Result<Vec<Value>> {
+        Ok(vec![
+            json!({ "Name": "bridge", "Labels": { "a": "b" } }),
+            json!({ "Name": "own" }),
+        ])
+    }
+
+    fn network(&self, network: &str) -> Result<Value> {
+        Err(Error::not_found(format!("network {network} not found")))
+    }
+
+    fn network_create(&self, request: NetworkCreateRequest) -> Result<String> {
+        Ok(request.name)
+    }
+
+    fn network_remove(&self, network: &str) -> Result<()> {
+        self.network(network).map(drop)
+    }
+
+    fn network_connect(&self, _network: &str, request: NetworkConnectRequest) -> Result<()> {
+        self.with(&request.container, |_| Ok(()))
+    }
+
+    fn network_disconnect(&self, _network: &str, request: NetworkDisconnectRequest) -> Result<()> {
+        self.with(&request.container, |_| Ok(()))
+    }
+
+    fn volumes(&self) -> Result<Vec<Value>> {
+        Ok(vec![json!({ "Name": "v", "Driver": "local" })])
+    }
+
+    fn volume(&self, name: &str) -> Result<Value> {
+        Err(Error::not_found(format!("get {name}: no such volume")))
+    }
+
+    fn volume_create(&self, name: Option<String>) -> Result<Value> {
+        Ok(json!({ "Name": name }))
+    }
+
+    fn volume_remove(&self, name: &str, force: bool) -> Result<()> {
+        match force {
+            true => Ok(()),
+            false => self.volume(name).map(drop),
+        }
     }
 }

@@ -198,6 +198,55 @@ fn a_container_is_made_listed_ended_and_removed() {
     assert_eq!((remove(), remove()), (204, 404));
 }
 
+#[test]
+fn networks_and_volumes_are_listed_made_and_removed() {
+    let served = served();
+    let names = |path: &str, list: &str| {
+        let (status, body) = served.ask("GET", path, None);
+        assert_eq!(status, 200, "{body}");
+        let all = if list.is_empty() { &body } else { &body[list] };
+        all.as_array().expect("a list").len()
+    };
+    for (filters, count) in [
+        ("", 2),
+        (r#"?filters={"type":["custom"]}"#, 1),
+        (r#"?filters={"label":["a=b"]}"#, 1),
+        (r#"?filters={"name":["none"]}"#, 0),
+    ] {
+        assert_eq!(
+            names(&format!("/networks{filters}"), ""),
+            count,
+            "{filters}"
+        );
+    }
+    assert_eq!(names("/volumes", "Volumes"), 1);
+    assert_eq!(names(r#"/volumes?filters={"name":["x"]}"#, "Volumes"), 0);
+    for (method, path, body, status) in [
+        ("GET", "/networks/x", None, 404),
+        ("POST", "/networks/create", Some(json!({"Name": "x"})), 201),
+        ("POST", "/networks/create", Some(json!({})), 400),
+        (
+            "POST",
+            "/networks/x/connect",
+            Some(json!({"Container": "x"})),
+            404,
+        ),
+        ("DELETE", "/networks/x", None, 404),
+        ("GET", "/volumes/x", None, 404),
+        ("POST", "/volumes/create", Some(json!({"Name": "x"})), 201),
+        (
+            "POST",
+            "/volumes/create",
+            Some(json!({"Driver": "nfs"})),
+            501,
+        ),
+        ("DELETE", "/volumes/x", None, 404),
+        ("DELETE", "/volumes/x?force=1", None, 204),
+    ] {
+        assert_eq!(served.ask(method, path, body).0, status, "{method} {path}");
+    }
+}
+
 /// Docker's client waits for the headers before it starts what it waits for.
 #[test]
 fn a_wait_says_at_once_that_it_waits() {

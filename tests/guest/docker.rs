@@ -1,6 +1,6 @@
 //! `vm-run daemon`, and docker's own client.
 
-use crate::support::{Call, PATIENCE, Ran, Running, world};
+use crate::support::{Call, PATIENCE, Ran, Running, own_root};
 use rustix::process::Signal;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -8,9 +8,10 @@ use tempfile::TempDir;
 
 const IMAGE: &str = "busybox";
 
-/// A daemon over the shared state directory, at a socket of its own.
+/// A daemon over a state directory of its own.
 struct Daemon {
     running: Option<Running>,
+    root: TempDir,
     directory: TempDir,
 }
 
@@ -21,6 +22,7 @@ impl Daemon {
         assert_eq!(ran.status, 0, "{ran}");
         let mut this = Self {
             running: None,
+            root: own_root(),
             directory: tempfile::tempdir().expect("a directory"),
         };
         this.begin();
@@ -34,7 +36,7 @@ impl Daemon {
     fn begin(&mut self) {
         let socket = self.socket();
         let words = ["daemon".as_ref(), "--socket".as_ref(), socket.as_os_str()];
-        self.running = Some(Call::vm_run_in(&world().root, &words).start());
+        self.running = Some(Call::vm_run_in(self.root.path(), &words).start());
         let until = Instant::now() + PATIENCE;
         while std::os::unix::net::UnixStream::connect(&socket).is_err() {
             assert!(Instant::now() < until, "it does not listen");
@@ -76,7 +78,7 @@ fn docker_runs_a_container_and_has_its_streams_and_status() {
     assert!(
         daemon
             .said(&["version"])
-            .contains("API version:       1.47")
+            .contains("1.47 (minimum version 1.24)")
     );
     let script = "read a; echo out $a; echo err >&2; exit 7";
     let words = ["run", "-i", "--rm", "-e", "A=b", IMAGE, "sh", "-c", script];
@@ -174,8 +176,8 @@ fn docker_does_with_a_container_what_it_can_do_and_outlives_the_daemon() {
         daemon.said(&["exec", "dk-life", "cat", "/proc/1/comm"]),
         "sh"
     );
-    let waiting = daemon.call(&["wait", "dk-life"]).start();
     daemon.said(&["rename", "dk-life", "dk-renamed"]);
+    let waiting = daemon.call(&["wait", "dk-renamed"]).start();
     daemon.said(&["stop", "dk-renamed"]);
     let waited = waiting.end();
     assert_eq!((waited.status, waited.out()), (0, "5\n".into()), "{waited}");
@@ -185,6 +187,64 @@ fn docker_does_with_a_container_what_it_can_do_and_outlives_the_daemon() {
     assert_eq!(daemon.said(&["exec", "dk-renamed", "ls", "/new"]), "/new");
     daemon.said(&["rm", "-f", "dk-renamed"]);
     assert_eq!(listed(), "");
+}
+
+#[test]
+fn docker_makes_networks_and_volumes_for_containers() {
+    let daemon = Daemon::start();
+    daemon.said(&["network", "create", "--label", "dk=1", "dk-net"]);
+    daemon.said(&["volume", "create", "dk-vol"]);
+    let networks = [
+        "network",
+        "ls",
+        "--filter",
+        "label=dk",
+        "--format",
+        "{{.Name}}",
+    ];
+    assert_eq!(daemon.said(&networks), "dk-net");
+    assert!(daemon.said(&["volume", "ls", "-q"]).contains("dk-vol"));
+    let script = "echo kept > /v/file; exec sleep 1000";
+    let words = [
+        "run",
+        "-d",
+        "--name",
+        "dk-server",
+        "--network",
+        "dk-net",
+        "-v",
+        "dk-vol:/v",
+    ];
+    daemon.said(&[&words[..], &[IMAGE, "sh", "-c", script]].concat());
+    let address = "{{(index .NetworkSettings.Networks \"dk-net\").IPAddress}}";
+    let address = daemon.said(&["inspect", "-f", address, "dk-server"]);
+    let words = [
+        "run",
+        "--rm",
+        "--network",
+        "dk-net",
+        "-v",
+        "dk-vol:/v:ro",
+        IMAGE,
+    ];
+    let script = "cat /v/file; nslookup dk-server | tail -n 3";
+    let said = daemon.said(&[&words[..], &["sh", "-c", script]].concat());
+    assert!(
+        said.starts_with("kept") && said.contains(&address),
+        "{said}"
+    );
+    for words in [["network", "rm", "dk-net"], ["volume", "rm", "dk-vol"]] {
+        let ran = daemon.docker(&words);
+        assert!(ran.status == 1 && ran.err().contains("in use"), "{ran}");
+    }
+    daemon.said(&["rm", "-f", "dk-server"]);
+    daemon.said(&["network", "rm", "dk-net"]);
+    daemon.said(&["volume", "rm", "dk-vol"]);
+    let ran = daemon.docker(&["inspect", "dk-net"]);
+    assert!(
+        ran.status == 1 && ran.err().contains("o such object"),
+        "{ran}"
+    );
 }
 
 #[test]

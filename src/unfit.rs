@@ -1,5 +1,5 @@
-//! Why something cannot be done with a container as it is: for faces that tell that by a
-//! number.
+//! Why something cannot be done with a container, a network or a volume as it is: for
+//! faces that tell that by a number.
 
 /// It is not there, or not in the state that it would have to be in.
 #[derive(Debug, thiserror::Error)]
