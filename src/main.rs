@@ -10,6 +10,7 @@ mod disk;
 mod doctor;
 mod guest;
 mod image;
+mod lock;
 mod net;
 mod output;
 mod progress;

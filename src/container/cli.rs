@@ -278,7 +278,7 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
         }
         ContainerCommand::Kill { signal, containers } => {
             let signal = parse_signal(&signal)?;
-            return each(&engine, &containers, |record| kill(&engine, record, signal));
+            return each(&engine, &containers, |record| engine.kill(record, signal));
         }
         ContainerCommand::Pause { containers } => {
             return each(&engine, &containers, |record| {
@@ -354,10 +354,7 @@ pub fn run(command: ContainerCommand, root: &Path) -> Result<u8> {
             let record = engine.find(&container)?;
             let stdin = record.spec.stdin && !no_stdin;
             let session = Session::new(record.spec.tty, stdin, detach_keys)?;
-            let (answer, stream) = engine.ask(&record, &Request::Attach { stdin })?;
-            if !matches!(answer, Answer::Done) {
-                bail!("the supervisor speaks out of turn: {answer:?}");
-            }
+            let stream = engine.attach(&record, stdin)?;
             return session.0.attend(stream)?.0.status();
         }
         ContainerCommand::Cp(args) => copy::copy(&engine, &args)?,
@@ -458,15 +455,6 @@ fn stop_request(args: &StopArgs) -> Result<impl Fn() -> Request> {
     let signal = args.signal.as_deref().map(parse_signal).transpose()?;
     let timeout = args.timeout;
     Ok(move || Request::Stop { signal, timeout })
-}
-
-fn kill(engine: &Engine, record: &Record, signal: i32) -> Result<()> {
-    const SIGKILL: i32 = 9;
-    let request = match signal {
-        SIGKILL => Request::Kill,
-        other => Request::Signal(other),
-    };
-    engine.ask(record, &request).map(drop)
 }
 
 fn prune(engine: &Engine, force: bool) -> Result<u8> {

@@ -2,6 +2,7 @@
 
 use super::keys::Keys;
 use super::wire::{self, Frame, Window};
+use crate::lock::lock;
 use crate::signals::Catcher;
 use crate::terminal::Raw;
 use anyhow::{Context, Result, bail};
@@ -10,7 +11,7 @@ use signal_hook::consts::SIGWINCH;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// How a session has ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -152,7 +153,7 @@ fn input(to: &Mutex<UnixStream>, mut keys: Option<Keys>) {
         let sent = send(to, &Frame::Input(bytes));
         if leave {
             DETACHED.store(true, std::sync::atomic::Ordering::Relaxed);
-            let stream = to.lock().unwrap_or_else(PoisonError::into_inner);
+            let stream = lock(to);
             // It ends our reading too.
             stream.shutdown(Shutdown::Both).ok();
             return;
@@ -181,7 +182,7 @@ fn forward(signals: Catcher, to: &Mutex<UnixStream>) {
 }
 
 fn send(to: &Mutex<UnixStream>, frame: &Frame) -> Result<()> {
-    let mut stream = to.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut stream = lock(to);
     wire::send_frame(&mut *stream, frame)
 }
 

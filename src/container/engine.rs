@@ -23,7 +23,10 @@ const LET_GO: Duration = Duration::from_secs(5);
 /// How long one that has not said yet that its container runs may take to that.
 const BEGIN: Duration = Duration::from_secs(60);
 /// The status of a container whose supervisor was killed, and its VM with it.
-const KILLED: u8 = 128 + 9;
+const KILLED: u8 = 128 + SIGKILL as u8;
+
+/// The signal that nothing survives.
+pub const SIGKILL: i32 = 9;
 
 /// A refusal that has an exit status of docker's.
 #[derive(Debug, thiserror::Error)]
@@ -301,6 +304,29 @@ impl Engine {
         let mut stream = connected.map_err(|_| not_running(record))?;
         wire::send(&mut stream, request).context("the container's supervisor has gone")?;
         Ok((answer(&mut stream)?, stream))
+    }
+
+    /// Makes one more client of a container's first process.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub fn attach(&self, record: &Record, stdin: bool) -> Result<UnixStream> {
+        match self.ask(record, &Request::Attach { stdin })? {
+            (Answer::Done, stream) => Ok(stream),
+            (other, _) => bail!("the supervisor speaks out of turn: {other:?}"),
+        }
+    }
+
+    /// Sends a signal to a container's first process; after SIGKILL it has ended.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub fn kill(&self, record: &Record, signal: i32) -> Result<()> {
+        let request = match signal {
+            SIGKILL => Request::Kill,
+            other => Request::Signal(other),
+        };
+        self.ask(record, &request).map(drop)
     }
 
     /// Ends a container; what has ended already stays so.

@@ -36,7 +36,7 @@ pub mod supervisor;
 pub mod wire;
 
 pub use capabilities::normalize as normalize_capability;
-pub use engine::{Engine, Refused};
+pub use engine::{Engine, Refused, SIGKILL};
 pub use id::{check_name, is_id, new_id};
 pub use inside::{changes, processes};
 pub use keys::Keys;

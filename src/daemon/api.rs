@@ -3,13 +3,14 @@
 use super::execs::{self, Execs};
 use super::sessions::{self, Ends};
 use super::waits::Waits;
-use super::{images, networks, words};
-use crate::container::wire::{self, Answer, Request};
+use super::{describe, images, networks, words};
+use crate::container::wire::{Answer, Request};
 use crate::container::{
-    self, Engine, Output as LogOutput, Record, Refused, Status, Wanted, parse_signal,
+    self, Engine, Output as LogOutput, Record, Refused, SIGKILL, Status, Wanted, parse_signal,
 };
 use crate::image::Store;
 use crate::image::error::ImageError;
+use crate::lock::lock;
 use crate::unfit::Unfit;
 use anyhow::Result;
 use docker_api::models::{
@@ -18,16 +19,13 @@ use docker_api::models::{
     ImageDeleteResponseItem, ImageSummary, NetworkConnectRequest, NetworkCreateRequest,
     NetworkDisconnectRequest, SystemInfo, SystemVersion,
 };
-use docker_api::{
-    API_VERSION, API_VERSION_MIN, Condition, Error, Exit, Logs, LogsOf, Output, Session, Stop,
-    Waiting, Window,
-};
+use docker_api::{Condition, Error, Exit, Logs, LogsOf, Output, Session, Stop, Waiting, Window};
 use fork::task::ChangeKind;
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::collections::{HashMap, HashSet};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -39,6 +37,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// The status of a container that could not be started, if there is no better one.
 const FAILED: u8 = 128;
+
 /// The engine behind the API.
 pub struct Api(Arc<Inner>);
 
@@ -85,6 +84,10 @@ impl Api {
         call: impl FnOnce(&Engine, Record) -> Result<T>,
     ) -> Result<T, Error> {
         self.with(|engine| call(engine, engine.find(container)?))
+    }
+
+    fn store(&self) -> Result<Store, Error> {
+        Store::open(&self.0.root).map_err(images::refused)
     }
 }
 
@@ -158,10 +161,6 @@ impl Inner {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Docker's number for what the engine says.
 fn refusal(error: anyhow::Error) -> Error {
     let message = capitalized(&crate::line(&error));
@@ -204,102 +203,15 @@ fn stop_request(how: &Stop) -> Result<Request, Error> {
     })
 }
 
-/// As docker's list has it.
-fn summary(engine: &Engine, record: &Record) -> Result<ContainerSummary> {
-    let object = container::object(engine, record);
-    let state = record.state.status.word();
-    let labels: HashMap<String, String> = record.spec.labels.clone().into_iter().collect();
-    let ports = object["NetworkSettings"]["Ports"].as_object();
-    let ports: Vec<Value> = ports.into_iter().flatten().flat_map(port_objects).collect();
-    let summary = json!({
-        "Id": record.id,
-        "Names": [format!("/{}", record.name)],
-        "Image": record.spec.image,
-        "ImageID": record.spec.image_id.clone().unwrap_or_default(),
-        "Command": record.spec.args.join(" "),
-        "Created": record.spec.created.as_second(),
-        "Ports": ports,
-        "Labels": labels,
-        "State": state,
-        "Status": container::status(&record.state),
-        "HostConfig": { "NetworkMode": object["HostConfig"]["NetworkMode"] },
-        "NetworkSettings": { "Networks": object["NetworkSettings"]["Networks"] },
-        "Mounts": object["Mounts"],
-    });
-    Ok(serde_json::from_value(summary)?)
-}
-
-/// The entries of a port of `inspect` in a list.
-fn port_objects((port, bindings): (&String, &Value)) -> Vec<Value> {
-    let (number, protocol) = port.split_once('/').unwrap_or((port, "tcp"));
-    let number: u16 = number.parse().unwrap_or_default();
-    let own = json!({ "PrivatePort": number, "Type": protocol });
-    let published = bindings.as_array().into_iter().flatten().map(|binding| {
-        let host: Option<u16> = binding["HostPort"]
-            .as_str()
-            .and_then(|port| port.parse().ok());
-        json!({
-            "IP": binding["HostIp"],
-            "PrivatePort": number,
-            "PublicPort": host,
-            "Type": protocol,
-        })
-    });
-    let published: Vec<Value> = published.collect();
-    match published.is_empty() {
-        true => vec![own],
-        false => published,
-    }
-}
-
 impl docker_api::Engine for Api {
     fn version(&self) -> SystemVersion {
-        let host = rustix::system::uname();
-        let text = |text: &std::ffi::CStr| Some(text.to_string_lossy().into_owned());
-        SystemVersion {
-            version: Some(env!("CARGO_PKG_VERSION").into()),
-            api_version: Some(API_VERSION.into()),
-            min_api_version: Some(API_VERSION_MIN.into()),
-            os: Some("linux".into()),
-            arch: Some("amd64".into()),
-            kernel_version: text(host.release()),
-            ..SystemVersion::default()
-        }
+        describe::version()
     }
 
     fn info(&self) -> Result<SystemInfo, Error> {
         let records = self.with(Engine::list)?;
-        let images = Store::open(&self.0.root).and_then(|store| store.list());
-        let images = images.map_err(images::refused)?.len();
-        let count = |fits: &dyn Fn(Status) -> bool| {
-            let fitting = records.iter().filter(|record| fits(record.state.status));
-            Some(fitting.count() as i64)
-        };
-        let host = rustix::system::uname();
-        let found = rustix::system::sysinfo();
-        let text = |text: &std::ffi::CStr| Some(text.to_string_lossy().into_owned());
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(SystemInfo {
-            id: Some(text(host.nodename()).unwrap_or_default()),
-            containers: count(&|_| true),
-            containers_running: count(&|status| status == Status::Running),
-            containers_paused: count(&|status| status == Status::Paused),
-            containers_stopped: count(&|status| !status.is_live()),
-            images: Some(images as i64),
-            driver: Some("erofs".into()),
-            docker_root_dir: Some(self.0.root.display().to_string()),
-            logging_driver: Some("json-file".into()),
-            kernel_version: text(host.release()),
-            operating_system: Some("vm-run".into()),
-            os_type: Some("linux".into()),
-            architecture: text(host.machine()),
-            name: text(host.nodename()),
-            ncpu: Some(cpus as i64),
-            mem_total: Some((found.totalram * u64::from(found.mem_unit)) as i64),
-            server_version: Some(env!("CARGO_PKG_VERSION").into()),
-            default_runtime: Some("vm-run".into()),
-            ..SystemInfo::default()
-        })
+        let images = self.store()?.list().map_err(images::refused)?.len();
+        Ok(describe::info(&self.0.root, &records, images))
     }
 
     fn create(
@@ -323,7 +235,7 @@ impl docker_api::Engine for Api {
             let records = engine.list()?;
             records
                 .iter()
-                .map(|record| summary(engine, record))
+                .map(|record| describe::summary(engine, record))
                 .collect()
         })
     }
@@ -357,7 +269,7 @@ impl docker_api::Engine for Api {
                 return Ok(true);
             };
             for Early { stdin, ends } in early {
-                if let Ok((Answer::Done, stream)) = engine.ask(&now, &Request::Attach { stdin }) {
+                if let Ok(stream) = engine.attach(&now, stdin) {
                     self.0.join(&record.id, ends, stream)?;
                 }
             }
@@ -381,15 +293,9 @@ impl docker_api::Engine for Api {
     }
 
     fn kill(&self, container: &str, signal: Option<&str>) -> Result<(), Error> {
-        const SIGKILL: i32 = 9;
         let signal = signal.map_or(Ok(SIGKILL), parse_signal);
-        let request = match signal.map_err(|error| Error::bad_parameter(format!("{error:#}")))? {
-            SIGKILL => Request::Kill,
-            other => Request::Signal(other),
-        };
-        self.of(container, |engine, record| {
-            engine.ask(&record, &request).map(drop)
-        })
+        let signal = signal.map_err(|error| Error::bad_parameter(format!("{error:#}")))?;
+        self.of(container, |engine, record| engine.kill(&record, signal))
     }
 
     fn pause(&self, container: &str) -> Result<(), Error> {
@@ -457,10 +363,8 @@ impl docker_api::Engine for Api {
                 early.push(Early { stdin, ends });
                 return Ok(session);
             }
-            match engine.ask(&record, &Request::Attach { stdin })? {
-                (Answer::Done, stream) => self.0.join(&record.id, ends, stream)?,
-                (other, _) => anyhow::bail!("the supervisor speaks out of turn: {other:?}"),
-            }
+            let stream = engine.attach(&record, stdin)?;
+            self.0.join(&record.id, ends, stream)?;
             Ok(session)
         })
     }
@@ -468,8 +372,7 @@ impl docker_api::Engine for Api {
     fn resize(&self, container: &str, window: Window) -> Result<(), Error> {
         self.of(container, |engine, record| {
             // A client that says nothing else.
-            let (_, mut stream) = engine.ask(&record, &Request::Attach { stdin: false })?;
-            sessions::resize(&mut stream, window)
+            sessions::resize(&mut engine.attach(&record, false)?, window)
         })
     }
 
@@ -489,12 +392,10 @@ impl docker_api::Engine for Api {
                 let is_gone = || tell.is_closed();
                 container::read_log(engine, record, &wanted, is_gone, |entry| {
                     let line = entry.line(of.timestamps).into_bytes().into();
-                    let piece = match entry.stream {
-                        LogOutput::Stdout if of.stdout => Output::Stdout(line),
-                        LogOutput::Stderr if of.stderr => Output::Stderr(line),
-                        LogOutput::Stdout | LogOutput::Stderr => return Ok(()),
-                    };
-                    Ok(tell.blocking_send(piece)?)
+                    Ok(tell.blocking_send(match entry.stream {
+                        LogOutput::Stdout => Output::Stdout(line),
+                        LogOutput::Stderr => Output::Stderr(line),
+                    })?)
                 })
             });
             if let Err(error) = read {
@@ -522,7 +423,7 @@ impl docker_api::Engine for Api {
             let Answer::Stats(stats) = answer else {
                 anyhow::bail!("the supervisor speaks out of turn: {answer:?}");
             };
-            Ok(stats_object(&record, &stats))
+            Ok(describe::stats(&record, &stats))
         })
     }
 
@@ -609,14 +510,11 @@ impl docker_api::Engine for Api {
     }
 
     fn images(&self) -> Result<Vec<ImageSummary>, Error> {
-        images::list(&Store::open(&self.0.root).map_err(images::refused)?)
+        images::list(&self.store()?)
     }
 
     fn image(&self, image: &str) -> Result<Value, Error> {
-        let store = Store::open(&self.0.root);
-        store
-            .and_then(|store| store.inspect(image))
-            .map_err(images::refused)
+        self.store()?.inspect(image).map_err(images::refused)
     }
 
     fn pull(&self, image: &str, auth: Option<&str>) -> Result<mpsc::Receiver<Value>, Error> {
@@ -624,10 +522,7 @@ impl docker_api::Engine for Api {
     }
 
     fn image_tag(&self, image: &str, name: &str) -> Result<(), Error> {
-        let store = Store::open(&self.0.root);
-        store
-            .and_then(|store| store.tag(image, name))
-            .map_err(images::refused)
+        self.store()?.tag(image, name).map_err(images::refused)
     }
 
     fn image_remove(
@@ -635,7 +530,7 @@ impl docker_api::Engine for Api {
         image: &str,
         _force: bool,
     ) -> Result<Vec<ImageDeleteResponseItem>, Error> {
-        images::remove(&Store::open(&self.0.root).map_err(images::refused)?, image)
+        images::remove(&self.store()?, image)
     }
 
     fn networks(&self) -> Result<Vec<Value>, Error> {
@@ -696,38 +591,4 @@ fn of_the_request(error: Error) -> Error {
         500 => Error::bad_parameter(error.to_string()),
         _ => error,
     }
-}
-
-/// Docker's object, of what is known here.
-fn stats_object(record: &Record, stats: &wire::Stats) -> Value {
-    let cpus = record.spec.cpus;
-    json!({
-        "id": record.id,
-        "name": format!("/{}", record.name),
-        "read": jiff::Timestamp::now(),
-        "preread": "0001-01-01T00:00:00Z",
-        "cpu_stats": {
-            "cpu_usage": { "total_usage": stats.cpu_us * 1000 },
-            "system_cpu_usage": host_cpu_time(),
-            "online_cpus": cpus,
-        },
-        "precpu_stats": { "cpu_usage": { "total_usage": 0 } },
-        "memory_stats": {
-            "usage": stats.private * 1024,
-            "limit": record.spec.memory,
-            "stats": {},
-        },
-        "pids_stats": {},
-        "networks": {},
-        "blkio_stats": {},
-    })
-}
-
-/// All of the host's processors' time, in nanoseconds (proc_stat(5)).
-fn host_cpu_time() -> u64 {
-    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
-    let line = stat.lines().next().unwrap_or_default();
-    let ticks = line.split_whitespace().skip(1).take(8);
-    let ticks: u64 = ticks.filter_map(|tick| tick.parse::<u64>().ok()).sum();
-    ticks.saturating_mul(1_000_000_000) / rustix::param::clock_ticks_per_second().max(1)
 }

@@ -4,12 +4,13 @@
 use super::sessions;
 use crate::container::Record;
 use crate::container::wire::Exec;
+use crate::lock::lock;
 use anyhow::Result;
 use docker_api::models::{ExecConfig, ExecInspectResponse, ProcessConfig};
 use docker_api::{Error, Window};
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// The most that are kept: those that have ended go first.
 const KEPT: usize = 4096;
@@ -189,8 +190,4 @@ pub fn runs(one: &Mutex<One>, stream: UnixStream) {
 pub fn ended(one: &Mutex<One>, status: Option<u8>) {
     // A supervisor that has gone took it along.
     lock(one).stage = Stage::Ended(status.unwrap_or(128 + 9));
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

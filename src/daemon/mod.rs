@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! api        the calls of the API, and what they are of the engine's
+//! describe   docker's objects of what is here
 //! words      what a container is to be, as the words that `vm-run create` has for it
 //! sessions   the streams of a container's process
 //! waits      who waits for the end of a container
@@ -13,6 +14,7 @@
 //! their own, and go on when it is gone.
 
 mod api;
+mod describe;
 mod execs;
 mod images;
 mod networks;

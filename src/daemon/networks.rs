@@ -1,8 +1,8 @@
 //! Networks and volumes, as docker's API has them.
 
 use crate::container::{Engine, new_id};
-use crate::net::cli::{CreateArgs, objects, remove as remove_network};
-use crate::net::{DEFAULT, Host, Membership, Store};
+use crate::net::cli::{CreateArgs, membership, objects, remove as remove_network};
+use crate::net::{DEFAULT, Host, Store};
 use crate::volume::Store as Volumes;
 use crate::volume::cli::{mounts, object};
 use anyhow::{Context, Result, bail};
@@ -76,18 +76,10 @@ pub fn connect(
     let given = endpoint.ipam_config.as_ref();
     let address = given.and_then(|given| given.ipv4_address.as_deref());
     let address = address.filter(|address| !address.is_empty());
+    let address = address.map(str::parse).transpose();
+    let address = address.context("no IPv4 address")?;
     let aliases = endpoint.aliases.clone().unwrap_or_default();
-    for alias in &aliases {
-        crate::container::check_name(alias)?;
-    }
-    let membership = Membership {
-        network: Store::open(root)?.find_or_default(network)?.name,
-        aliases,
-        ipv4: address
-            .map(str::parse)
-            .transpose()
-            .context("no IPv4 address")?,
-    };
+    let membership = membership(root, network, aliases, address)?;
     engine.connect(&engine.find(container)?, &membership)
 }
 

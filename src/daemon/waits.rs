@@ -1,9 +1,10 @@
 //! Who waits for the end of a container. Docker's client asks before it starts it, and for
 //! one that is removed when it ends its status is nowhere else.
 
+use crate::lock::lock;
 use docker_api::{Condition, Exit, Waiting};
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 /// All of them, by the container's id.
@@ -17,6 +18,8 @@ struct Of {
     ends: Vec<oneshot::Sender<Exit>>,
     /// For its removal.
     removals: Vec<oneshot::Sender<Exit>>,
+    /// Whether somebody looks for that already.
+    is_looked_for: bool,
     /// How it has ended last.
     status: i64,
 }
@@ -36,7 +39,8 @@ impl Waits {
         waiting
     }
 
-    /// It has ended. Whether somebody waits for its removal.
+    /// It has ended. Whether somebody has to look for its removal: others wait for that, and
+    /// nobody does yet.
     pub fn ended(&self, id: &str, status: i64) -> bool {
         let mut all = self.lock();
         let Some(of) = all.get_mut(id) else {
@@ -45,21 +49,22 @@ impl Waits {
         of.status = status;
         tell(&mut of.ends, status);
         of.removals.retain(|tell| !tell.is_closed());
-        let has_more = !of.removals.is_empty();
-        if !has_more {
+        if of.removals.is_empty() {
             all.remove(id);
+            return false;
         }
-        has_more
+        !std::mem::replace(&mut of.is_looked_for, true)
     }
 
-    /// Whether somebody waits for its removal still.
+    /// Whether somebody waits for its removal still: if not, nobody looks for it any more.
     pub fn are_for_removal(&self, id: &str) -> bool {
         let mut all = self.lock();
         let Some(of) = all.get_mut(id) else {
             return false;
         };
         of.removals.retain(|tell| !tell.is_closed());
-        !of.removals.is_empty()
+        of.is_looked_for = !of.removals.is_empty();
+        of.is_looked_for
     }
 
     /// It is gone.
@@ -71,7 +76,7 @@ impl Waits {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Of>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 
@@ -102,6 +107,7 @@ mod tests {
         let other = waits.enter("b", Condition::NextExit);
         assert!(waits.ended("a", 7), "somebody waits for its removal");
         assert!(waits.are_for_removal("a") && !waits.are_for_removal("b"));
+        assert!(!waits.ended("a", 7), "it is looked for");
         assert_eq!(told(next), Some(7));
         waits.removed("a");
         assert_eq!((told(gone), told(other)), (Some(7), None));

@@ -259,11 +259,7 @@ pub(crate) async fn attach<E: Engine>(
     let before = match query.flag("logs") {
         false => None,
         true => {
-            let of = LogsOf {
-                stdout: wanted.stdout,
-                stderr: wanted.stderr,
-                ..LogsOf::default()
-            };
+            let of = LogsOf::default();
             Some(app.clone().call(move |engine| engine.logs(&id, of)).await?)
         }
     };
@@ -312,8 +308,6 @@ pub(crate) async fn logs<E: Engine>(
             .map(str::to_owned)
     };
     let of = LogsOf {
-        stdout: wanted.stdout,
-        stderr: wanted.stderr,
         follow: query.flag("follow"),
         timestamps: query.flag("timestamps"),
         tail,

@@ -42,13 +42,9 @@ pub struct Session {
     pub input: mpsc::Sender<Input>,
 }
 
-/// What of a container's log is wanted.
+/// What of a container's log is wanted, of both its outputs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LogsOf {
-    /// Of its standard output.
-    pub stdout: bool,
-    /// Of its standard error.
-    pub stderr: bool,
     /// Until the container ends, and not only what is there.
     pub follow: bool,
     /// With the time before each line.

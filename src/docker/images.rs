@@ -65,7 +65,7 @@ pub(crate) async fn create<E: Engine>(
     let progress = app
         .call(move |engine| engine.pull(&image, auth.as_deref()))
         .await?;
-    session::lines(progress)
+    Ok(session::lines(progress))
 }
 
 pub(crate) async fn get<E: Engine>(

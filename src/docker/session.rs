@@ -3,7 +3,6 @@
 //! of which stream it is and how long.
 
 use crate::engine::{Input, Logs, Output, Session};
-use crate::error::Result;
 use crate::server::Seat;
 use crate::version::Version;
 use axum::body::{Body, Bytes};
@@ -177,10 +176,10 @@ async fn hear(mut from: impl AsyncRead + Unpin, input: mpsc::Sender<Input>) {
 }
 
 /// Objects, a line each, as they come.
-pub(crate) fn lines(from: mpsc::Receiver<serde_json::Value>) -> Result<Response> {
+pub(crate) fn lines(from: mpsc::Receiver<serde_json::Value>) -> Response {
     let lines = received(from).map(|value| Ok::<_, Infallible>(format!("{value}\n")));
     let body = Body::from_stream(lines);
-    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
+    ([(CONTENT_TYPE, "application/json")], body).into_response()
 }
 
 #[cfg(test)]

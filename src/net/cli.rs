@@ -148,15 +148,7 @@ pub fn run(command: NetworkCommand, root: &Path) -> Result<()> {
             network,
             container,
         } => {
-            for alias in &alias {
-                crate::container::check_name(alias)?;
-            }
-            let network = Store::open(root)?.find_or_default(&network)?.name;
-            let membership = Membership {
-                network,
-                aliases: alias,
-                ipv4: ip,
-            };
+            let membership = membership(root, &network, alias, ip)?;
             engine.connect(&engine.find(&container)?, &membership)?;
         }
         NetworkCommand::Disconnect { network, container } => {
@@ -165,6 +157,26 @@ pub fn run(command: NetworkCommand, root: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A container's place on a network, checked.
+///
+/// # Errors
+/// No such network, or an alias that is no name.
+pub fn membership(
+    root: &Path,
+    network: &str,
+    aliases: Vec<String>,
+    ipv4: Option<Ipv4Addr>,
+) -> Result<Membership> {
+    for alias in &aliases {
+        crate::container::check_name(alias)?;
+    }
+    Ok(Membership {
+        network: Store::open(root)?.find_or_default(network)?.name,
+        aliases,
+        ipv4,
+    })
 }
 
 impl CreateArgs {

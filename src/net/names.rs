@@ -2,10 +2,11 @@
 
 use super::dns::Names;
 use super::store::{Endpoint, Store};
+use crate::lock::lock;
 use anyhow::Result;
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// As many letters of an id as people are shown are a name, too.
 const SHORT_ID: usize = 12;
@@ -37,7 +38,7 @@ impl Peers {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     fn find<T>(&self, mut of: impl FnMut(&Endpoint) -> Option<T>) -> Vec<T> {

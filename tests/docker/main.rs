@@ -3,7 +3,7 @@
 mod client;
 mod fake;
 
-use client::Client;
+use client::{Client, Head};
 use docker_api::Limits;
 use fake::Fake;
 use serde_json::{Value, json};
@@ -68,6 +68,16 @@ impl Served {
             }),
         };
         (answer.status, body)
+    }
+
+    /// Makes a container, `one`, and waits for its end: a client that has heard that it does.
+    fn wait_for_one(&self) -> (Client, Head) {
+        let body = json!({"Image": "i"});
+        self.ask("POST", "/containers/create?name=one", Some(body));
+        let mut waiting = self.connect();
+        waiting.send("POST", "/containers/one/wait?condition=next-exit", None);
+        let head = waiting.head();
+        (waiting, head)
     }
 
     fn end(&mut self) {
@@ -251,14 +261,7 @@ fn networks_and_volumes_are_listed_made_and_removed() {
 #[test]
 fn a_wait_says_at_once_that_it_waits() {
     let served = served();
-    served.ask(
-        "POST",
-        "/containers/create?name=one",
-        Some(json!({"Image": "i"})),
-    );
-    let mut waiting = served.connect();
-    waiting.send("POST", "/containers/one/wait?condition=next-exit", None);
-    let head = waiting.head();
+    let (mut waiting, head) = served.wait_for_one();
     assert_eq!(head.status, 200);
     served.ask("POST", "/containers/one/start", None);
     served.engine.end("one", 7);
@@ -339,14 +342,7 @@ fn what_a_client_does_not_send_holds_up_nobody_for_long() {
 #[test]
 fn the_end_lets_what_is_under_way_end_and_takes_no_more() {
     let mut served = served();
-    served.ask(
-        "POST",
-        "/containers/create?name=one",
-        Some(json!({"Image": "i"})),
-    );
-    let mut waiting = served.connect();
-    waiting.send("POST", "/containers/one/wait?condition=next-exit", None);
-    let head = waiting.head();
+    let (mut waiting, head) = served.wait_for_one();
     drop(served.end.take());
     let engine = Arc::clone(&served.engine);
     std::thread::sleep(Duration::from_millis(50));

@@ -64,6 +64,13 @@ impl Daemon {
         self.call(words).end()
     }
 
+    /// The containers with a label, and where they stand.
+    fn listed(&self, label: &str) -> String {
+        let filter = format!("label={label}");
+        let format = "{{.Names}} {{.State}}";
+        self.said(&["ps", "-a", "--filter", &filter, "--format", format])
+    }
+
     /// What it prints when it succeeds.
     fn said(&self, words: &[&str]) -> String {
         let ran = self.docker(words);
@@ -116,17 +123,7 @@ fn docker_does_with_a_container_what_it_can_do_and_outlives_the_daemon() {
         taken.status == 1 && taken.err().contains("is taken"),
         "{taken}"
     );
-    let listed = || {
-        daemon.said(&[
-            "ps",
-            "-a",
-            "--filter",
-            "label=dk=life",
-            "--format",
-            "{{.Names}} {{.State}}",
-        ])
-    };
-    assert_eq!(listed(), "dk-life running");
+    assert_eq!(daemon.listed("dk=life"), "dk-life running");
     assert_eq!(daemon.said(&["exec", "dk-life", "hostname"]), id[..12]);
     let ran = daemon
         .call(&["exec", "-i", "dk-life", "sh", "-c", "cat; exit 3"])
@@ -143,7 +140,7 @@ fn docker_does_with_a_container_what_it_can_do_and_outlives_the_daemon() {
     daemon.said(&["exec", "dk-life", "touch", "/new"]);
     assert!(daemon.said(&["diff", "dk-life"]).contains("A /new"));
     daemon.said(&["pause", "dk-life"]);
-    assert_eq!(listed(), "dk-life paused");
+    assert_eq!(daemon.listed("dk=life"), "dk-life paused");
     assert_eq!(daemon.docker(&["exec", "dk-life", "true"]).status, 1);
     daemon.said(&["unpause", "dk-life"]);
     let stats = daemon.said(&[
@@ -161,17 +158,7 @@ fn docker_does_with_a_container_what_it_can_do_and_outlives_the_daemon() {
     // The daemon dies, and another one takes its place.
     daemon.kill();
     daemon.begin();
-    let listed = || {
-        daemon.said(&[
-            "ps",
-            "-a",
-            "--filter",
-            "label=dk=life",
-            "--format",
-            "{{.Names}} {{.State}}",
-        ])
-    };
-    assert_eq!(listed(), "dk-life running");
+    assert_eq!(daemon.listed("dk=life"), "dk-life running");
     assert_eq!(
         daemon.said(&["exec", "dk-life", "cat", "/proc/1/comm"]),
         "sh"
@@ -181,12 +168,12 @@ fn docker_does_with_a_container_what_it_can_do_and_outlives_the_daemon() {
     daemon.said(&["stop", "dk-renamed"]);
     let waited = waiting.end();
     assert_eq!((waited.status, waited.out()), (0, "5\n".into()), "{waited}");
-    assert_eq!(listed(), "dk-renamed exited");
+    assert_eq!(daemon.listed("dk=life"), "dk-renamed exited");
     // What it wrote is still there.
     daemon.said(&["start", "dk-renamed"]);
     assert_eq!(daemon.said(&["exec", "dk-renamed", "ls", "/new"]), "/new");
     daemon.said(&["rm", "-f", "dk-renamed"]);
-    assert_eq!(listed(), "");
+    assert_eq!(daemon.listed("dk=life"), "");
 }
 
 #[test]

@@ -1,12 +1,13 @@
 //! One life of the container: a child is forked, its process started, and whatever
 //! clients want of it is done until it ends.
 
-use super::session::{Client, DRAIN, Farewells, Session, SharedLog, lock};
+use super::session::{Client, DRAIN, Farewells, Session, SharedLog};
 use crate::bell::Bell;
 use crate::container::layers::Layers;
 use crate::container::record::{Identity, Spec};
 use crate::container::set_env;
 use crate::container::wire::{self, Answer, Exec, Stats, Window};
+use crate::lock::lock;
 use crate::templates;
 use anyhow::{Context, Result, anyhow, bail};
 use fork::task::Task;

@@ -2,13 +2,14 @@
 //! once.
 
 use super::life::{Life, LifeSpec, streams};
-use super::session::{Client, Farewells, Session, SharedLog, lock};
+use super::session::{Client, Farewells, Session, SharedLog};
 use crate::container::directory::Directory;
 use crate::container::id;
 use crate::container::layers::Layers;
 use crate::container::log::Output;
 use crate::container::record::{Layer, Record, Spec};
 use crate::container::{ROOT, WRITABLE};
+use crate::lock::lock;
 use crate::net::{Attachment, Naming};
 use crate::templates;
 use anyhow::{Context, Result};

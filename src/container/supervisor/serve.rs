@@ -2,11 +2,12 @@
 
 use super::life::{Order, Orders};
 use super::mother::SharedNetwork;
-use super::session::{Client, Farewells, Session, lock};
+use super::session::{Client, Farewells, Session};
 use super::{failed, one_line};
 use crate::container::record::{Record, State, Status};
 use crate::container::store::Store;
 use crate::container::wire::{self, Answer, Frame, Request};
+use crate::lock::lock;
 use crate::net::Attachment;
 use anyhow::{Context, Result, anyhow, bail};
 use fork::task::Task;

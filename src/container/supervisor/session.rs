@@ -7,12 +7,13 @@
 
 use crate::container::log::{Log, Output};
 use crate::container::wire::{self, Frame};
+use crate::lock::lock;
 use anyhow::{Context, Result};
 use fork::{Process, Remote};
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long the end of a process waits in all for outputs that something else still holds
@@ -297,9 +298,4 @@ impl Drop for Ticket {
         *lock(&self.0.count) -= 1;
         self.0.changed.notify_all();
     }
-}
-
-/// Whatever a thread that has panicked left is still a list, a stream or a log.
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
